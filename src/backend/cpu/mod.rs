@@ -1,0 +1,1 @@
+//! The f32 backend: oracle and no-GPU default.

@@ -1,0 +1,518 @@
+//! The op set: what a device must be able to do for the graph in `model/` to run on it.
+//!
+//! The trait is shaped for CUDA first. Buffers are allocated at set-up and never inside a step; every op writes into
+//! outputs that its caller owns and takes its arguments as one struct. `=` and `+=` in the field comments say whether an
+//! op overwrites or adds. An op checks sizes once and answers [`crate::Error::Shape`] with its own name.
+//!
+//! Shape letters: `B` sequences, `T` tokens (all sequences laid end to end), `C` channels, `H` query heads, `G` KV heads,
+//! `D` head size, `F` MLP width, `V` vocabulary, `R` LoRA rank (of all projections of a group together), `L` layers,
+//! `N`,`K` output and input width of a linear, `M` target tokens, `P` trainable weights.
+
+pub mod cpu;
+
+use crate::error::Result;
+use crate::tensor::HostMatrix;
+
+/// A device that runs the op set. `cpu::Cpu` is the oracle (f32 throughout); CUDA keeps `Act` in bf16.
+pub trait Backend: Sized {
+    /// A buffer of activations, of norm weights, of biases, or of the working copy of the adapter.
+    type Act;
+    /// A buffer of f32: statistics, losses, gradients of the adapter.
+    type F32;
+    /// A buffer of i32: tokens, positions, offsets.
+    type I32;
+    /// A frozen weight matrix (N, K), in 4 bits or in 16/32.
+    type Matrix;
+    /// Master weights, m and v of AdamW for all P trainable weights.
+    type Optimizer;
+
+    /// What `info` and the log call this device, e.g. "CPU (2 threads)".
+    fn describe(&self) -> String;
+
+    // ---- memory: set-up only -------------------------------------------------------------------------------------
+
+    fn alloc_act(&mut self, len: usize) -> Result<Self::Act>;
+    fn alloc_f32(&mut self, len: usize) -> Result<Self::F32>;
+    fn alloc_i32(&mut self, len: usize) -> Result<Self::I32>;
+    /// Moves a frozen matrix to the device, as it is: 4-bit stays 4-bit, 16-bit stays 16-bit.
+    fn upload(&mut self, w: &HostMatrix) -> Result<Self::Matrix>;
+    /// Master = `init` (P), m = v = 0.
+    fn new_optimizer(&mut self, kind: OptimKind, init: &[f32]) -> Result<Self::Optimizer>;
+
+    // ---- moves between host and device; `src`/`dst` may be shorter than the buffer, the rest is left as it is ----------
+
+    /// Rounds to the device's activation type.
+    fn write_act(&mut self, dst: &mut Self::Act, src: &[f32]) -> Result<()>;
+    fn read_act(&mut self, src: &Self::Act, dst: &mut [f32]) -> Result<()>;
+    fn write_f32(&mut self, dst: &mut Self::F32, src: &[f32]) -> Result<()>;
+    fn read_f32(&mut self, src: &Self::F32, dst: &mut [f32]) -> Result<()>;
+    fn write_i32(&mut self, dst: &mut Self::I32, src: &[i32]) -> Result<()>;
+    /// dst = 0, all of it.
+    fn zero_f32(&mut self, dst: &mut Self::F32) -> Result<()>;
+    /// Master weights, m and v as f32, whatever the device keeps them in.
+    fn read_optimizer(&mut self, src: &Self::Optimizer) -> Result<OptimizerState>;
+    fn write_optimizer(&mut self, dst: &mut Self::Optimizer, src: &OptimizerState) -> Result<()>;
+
+    // ---- frozen weights --------------------------------------------------------------------------------------------
+
+    /// out (N*K) = the matrix in the activation type. For tests and merging: a step never needs it.
+    fn nf4_dequantize(&mut self, out: &mut Self::Act, w: &Self::Matrix) -> Result<()>;
+
+    // ---- the graph's ops ---------------------------------------------------------------------------------------------
+
+    /// x[t,:] = table[tokens[t],:]
+    fn embedding(&mut self, a: Embedding<Self>) -> Result<()>;
+    fn rmsnorm_forward(&mut self, a: RmsNormForward<Self>) -> Result<()>;
+    fn rmsnorm_backward(&mut self, a: RmsNormBackward<Self>) -> Result<()>;
+    /// RMSNorm over each head of q and k (Qwen3); v is copied.
+    fn head_norm_forward(&mut self, a: HeadNormForward<Self>) -> Result<()>;
+    /// In place on the gradient.
+    fn head_norm_backward(&mut self, a: HeadNormBackward<Self>) -> Result<()>;
+    /// Rotates q and k in place (half-split, "rotate_half").
+    fn rope_forward(&mut self, a: Rope<Self>) -> Result<()>;
+    /// Rotates the gradients of q and k back, in place.
+    fn rope_backward(&mut self, a: Rope<Self>) -> Result<()>;
+    fn attention_forward(&mut self, a: AttentionForward<Self>) -> Result<()>;
+    fn attention_backward(&mut self, a: AttentionBackward<Self>) -> Result<()>;
+    fn swiglu_forward(&mut self, a: SwigluForward<Self>) -> Result<()>;
+    fn swiglu_backward(&mut self, a: SwigluBackward<Self>) -> Result<()>;
+    fn linear_forward(&mut self, a: LinearForward<Self>) -> Result<()>;
+    fn linear_backward(&mut self, a: LinearBackward<Self>) -> Result<()>;
+    fn head_loss(&mut self, a: HeadLoss<Self>) -> Result<()>;
+    /// logits (M, V) f32 = x[rows] · headᵀ. For generation, evaluation of few rows, and tests.
+    fn head_logits(&mut self, a: HeadLogits<Self>) -> Result<()>;
+    /// norm (1) = sqrt(sum of squares of grads (P)), in a fixed order.
+    fn grad_norm(&mut self, norm: &mut Self::F32, grads: &Self::F32) -> Result<()>;
+    fn adamw(&mut self, a: Adamw<Self>) -> Result<()>;
+    /// Appends k, v of T new tokens of one sequence to the cache and attends over all of it.
+    fn attention_decode(&mut self, a: AttentionDecode<Self>) -> Result<()>;
+}
+
+/// One micro-batch in host memory: sequences laid end to end.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostBatch {
+    /// (T) token ids.
+    pub tokens: Vec<i32>,
+    /// (T) the id that position t must predict, already shifted; -100 where there is none.
+    pub targets: Vec<i32>,
+    /// (B+1) where each sequence starts; first 0, last T, strictly rising.
+    pub cu_seqlens: Vec<i32>,
+}
+
+/// transformers' and PyTorch's mark for "no target here".
+pub const IGNORE: i32 = -100;
+
+impl HostBatch {
+    /// M, the number of target tokens.
+    pub fn target_count(&self) -> usize {
+        self.targets.iter().filter(|&&t| t != IGNORE).count()
+    }
+
+    /// Lays another batch behind this one.
+    pub fn append(&mut self, other: &HostBatch) {
+        if self.cu_seqlens.is_empty() {
+            self.cu_seqlens.push(0);
+        }
+        let base = self.tokens.len() as i32;
+        self.tokens.extend_from_slice(&other.tokens);
+        self.targets.extend_from_slice(&other.targets);
+        self.cu_seqlens.extend(other.cu_seqlens.iter().skip(1).map(|c| c + base));
+    }
+}
+
+/// One micro-batch on the device. Allocated once for `capacity` tokens; [`Batch::fill`] changes only contents.
+pub struct Batch<B: Backend> {
+    /// (T) token ids.
+    pub tokens: B::I32,
+    /// (T) position of each token inside its sequence.
+    pub positions: B::I32,
+    /// (B+1) offsets of the sequences.
+    pub cu_seqlens: B::I32,
+    /// (M) rows of the target tokens, in order.
+    pub target_rows: B::I32,
+    /// (M) their targets.
+    pub target_ids: B::I32,
+    /// (1) factor of every token's loss and gradient: 1 / target tokens of the optimizer step.
+    pub scale: B::F32,
+    /// T, B and M as the host knows them.
+    pub t: usize,
+    pub b: usize,
+    pub m: usize,
+    /// Longest sequence.
+    pub max_seqlen: usize,
+    /// Tokens the buffers were made for.
+    pub capacity: usize,
+}
+
+impl<B: Backend> Batch<B> {
+    pub fn new(backend: &mut B, capacity: usize) -> Result<Self> {
+        Ok(Self {
+            tokens: backend.alloc_i32(capacity)?,
+            positions: backend.alloc_i32(capacity)?,
+            cu_seqlens: backend.alloc_i32(capacity + 1)?,
+            target_rows: backend.alloc_i32(capacity)?,
+            target_ids: backend.alloc_i32(capacity)?,
+            scale: backend.alloc_f32(1)?,
+            t: 0,
+            b: 0,
+            m: 0,
+            max_seqlen: 0,
+            capacity,
+        })
+    }
+
+    /// Moves a micro-batch to the device. `scale` multiplies every token's loss and gradient.
+    /// Panics if it has more than `capacity` tokens: the caller made the batch.
+    pub fn fill(&mut self, backend: &mut B, host: &HostBatch, scale: f32) -> Result<()> {
+        let t = host.tokens.len();
+        assert!(t <= self.capacity, "a batch of {t} tokens in buffers for {}", self.capacity);
+        assert_eq!(host.targets.len(), t, "a target for each token");
+        assert_eq!(host.cu_seqlens.last().copied(), Some(t as i32), "cu_seqlens ends at T");
+        let lengths = host.cu_seqlens.windows(2).map(|w| w[1] - w[0]);
+        let positions: Vec<i32> = lengths.clone().flat_map(|n| 0..n).collect();
+        let (rows, ids): (Vec<i32>, Vec<i32>) =
+            host.targets.iter().enumerate().filter(|&(_, &id)| id != IGNORE).map(|(row, &id)| (row as i32, id)).unzip();
+        (self.t, self.b, self.m) = (t, host.cu_seqlens.len() - 1, rows.len());
+        self.max_seqlen = lengths.max().unwrap_or(0) as usize;
+        backend.write_i32(&mut self.tokens, &host.tokens)?;
+        backend.write_i32(&mut self.positions, &positions)?;
+        backend.write_i32(&mut self.cu_seqlens, &host.cu_seqlens)?;
+        backend.write_i32(&mut self.target_rows, &rows)?;
+        backend.write_i32(&mut self.target_ids, &ids)?;
+        backend.write_f32(&mut self.scale, &[scale])
+    }
+}
+
+/// Heads of the attention and the layout of `qkv` (T, (H + 2G) * D): H query heads, then G key heads, then G value heads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Heads {
+    pub h: usize,
+    pub g: usize,
+    pub d: usize,
+    /// Query i sees keys j with i - window < j <= i; None: all j <= i.
+    pub window: Option<usize>,
+}
+
+impl Heads {
+    /// (H + 2G) * D, the width of a row of qkv.
+    pub fn qkv(&self) -> usize {
+        (self.h + 2 * self.g) * self.d
+    }
+
+    /// 1 / sqrt(D), the factor of q·k.
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.d as f32).sqrt()
+    }
+}
+
+/// Frozen projections that read the same input x (T, K), side by side in one output y (T, N): q|k|v, gate|up, or one alone.
+pub struct Linear<B: Backend> {
+    pub k: usize,
+    /// Sum of the parts' n.
+    pub n: usize,
+    /// Sum of the parts' LoRA ranks (0: nothing trainable here).
+    pub r: usize,
+    pub parts: Vec<Projection<B>>,
+}
+
+/// One projection: W (n, K), frozen; bias (n), frozen; LoRA if it is a target.
+pub struct Projection<B: Backend> {
+    pub n: usize,
+    pub w: B::Matrix,
+    pub bias: Option<B::Act>,
+    pub lora: Option<Lora>,
+}
+
+/// Where the adapter of a projection lies in the flat vector of all P trainable weights.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lora {
+    /// Offset of A (r, K), row-major.
+    pub a: usize,
+    /// Offset of B (n, r), row-major.
+    pub b: usize,
+    pub r: usize,
+    /// alpha / r, or alpha / sqrt(r) with rsLoRA.
+    pub scale: f32,
+    /// Number of this projection in the model: its stream of dropout masks.
+    pub site: u32,
+}
+
+/// LoRA dropout on x before A. Element i = t*K + k of projection `site` is kept where
+/// `uniform(seed, Stream::Dropout, site, step * 2^32 + i) >= p`, and then divided by 1 - p.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// 0 <= p < 1; 0 means none.
+    pub p: f32,
+    pub seed: u64,
+    /// Number of the micro-batch since the start of the run.
+    pub step: u32,
+}
+
+pub struct Embedding<'a, B: Backend> {
+    /// (T, C) =
+    pub x: &'a mut B::Act,
+    /// (T)
+    pub tokens: &'a B::I32,
+    /// (V, C)
+    pub table: &'a B::Matrix,
+    pub t: usize,
+    pub c: usize,
+}
+
+/// s = x + delta (where there is one), r = 1 / sqrt(mean_c(s^2) + eps), y = r * s * w.
+pub struct RmsNormForward<'a, B: Backend> {
+    /// (T, C) =
+    pub y: &'a mut B::Act,
+    /// (T) = r
+    pub rstd: &'a mut B::F32,
+    /// (T, C)
+    pub x: &'a B::Act,
+    /// delta (T, C), and where s goes (T, C) =
+    pub residual: Option<(&'a B::Act, &'a mut B::Act)>,
+    /// (C)
+    pub w: &'a B::Act,
+    pub t: usize,
+    pub c: usize,
+    pub eps: f32,
+}
+
+/// dx[t,c] += r*dy*w - r^3 * x[t,c] * mean_c(dy*w*x). `x` is what was normed (s of the forward).
+pub struct RmsNormBackward<'a, B: Backend> {
+    /// (T, C) += : the gradient of the residual stream
+    pub dx: &'a mut B::Act,
+    /// (T, C)
+    pub dy: &'a B::Act,
+    /// (T, C)
+    pub x: &'a B::Act,
+    /// (C)
+    pub w: &'a B::Act,
+    /// (T)
+    pub rstd: &'a B::F32,
+    pub t: usize,
+    pub c: usize,
+}
+
+/// y = x, but each query head normed and scaled by q_w (D), each key head by k_w (D).
+pub struct HeadNormForward<'a, B: Backend> {
+    /// (T, (H+2G)*D) =
+    pub y: &'a mut B::Act,
+    /// (T, H+G) = r of each head
+    pub rstd: &'a mut B::F32,
+    /// (T, (H+2G)*D)
+    pub x: &'a B::Act,
+    pub q_w: &'a B::Act,
+    pub k_w: &'a B::Act,
+    pub t: usize,
+    pub heads: Heads,
+    pub eps: f32,
+}
+
+pub struct HeadNormBackward<'a, B: Backend> {
+    /// (T, (H+2G)*D) in: gradient of y; out: gradient of x
+    pub dqkv: &'a mut B::Act,
+    /// (T, (H+2G)*D) input of the forward
+    pub x: &'a B::Act,
+    /// (T, H+G)
+    pub rstd: &'a B::F32,
+    pub q_w: &'a B::Act,
+    pub k_w: &'a B::Act,
+    pub t: usize,
+    pub heads: Heads,
+}
+
+/// For i < D/2: angle = positions[t] * inv_freq[i] in f32; (x_i, x_{i+D/2}) turned by it, in each query and key head.
+pub struct Rope<'a, B: Backend> {
+    /// (T, (H+2G)*D) in place; v is left alone
+    pub qkv: &'a mut B::Act,
+    /// (T)
+    pub positions: &'a B::I32,
+    /// (D/2)
+    pub inv_freq: &'a B::F32,
+    pub t: usize,
+    pub heads: Heads,
+}
+
+/// o = softmax(scale * q kᵀ + mask) v, causal inside each sequence; query head h reads KV head h / (H/G).
+pub struct AttentionForward<'a, B: Backend> {
+    /// (T, H*D) =
+    pub o: &'a mut B::Act,
+    /// (H, T) = log-sum-exp of each row of scores; row stride `t`
+    pub lse: &'a mut B::F32,
+    /// (T, (H+2G)*D)
+    pub qkv: &'a B::Act,
+    pub batch: &'a Batch<B>,
+    pub heads: Heads,
+}
+
+pub struct AttentionBackward<'a, B: Backend> {
+    /// (T, (H+2G)*D) =
+    pub dqkv: &'a mut B::Act,
+    /// (H, T) scratch: sum_d(do*o) of each row
+    pub delta: &'a mut B::F32,
+    /// (T, H*D)
+    pub d_o: &'a B::Act,
+    /// (T, H*D)
+    pub o: &'a B::Act,
+    /// (H, T)
+    pub lse: &'a B::F32,
+    /// (T, (H+2G)*D)
+    pub qkv: &'a B::Act,
+    pub batch: &'a Batch<B>,
+    pub heads: Heads,
+}
+
+/// y = silu(gate) * up
+pub struct SwigluForward<'a, B: Backend> {
+    /// (T, F) =
+    pub y: &'a mut B::Act,
+    /// (T, 2F): gate, then up
+    pub gate_up: &'a B::Act,
+    pub t: usize,
+    pub f: usize,
+}
+
+pub struct SwigluBackward<'a, B: Backend> {
+    /// (T, 2F) =
+    pub d_gate_up: &'a mut B::Act,
+    /// (T, F)
+    pub dy: &'a B::Act,
+    /// (T, 2F)
+    pub gate_up: &'a B::Act,
+    pub t: usize,
+    pub f: usize,
+}
+
+/// Of each part: h = dropout(x) Aᵀ, y = x Wᵀ + scale * h Bᵀ (+ bias).
+pub struct LinearForward<'a, B: Backend> {
+    /// (T, N) =
+    pub y: &'a mut B::Act,
+    /// (T, R) = h of all parts side by side; parts without LoRA take no columns
+    pub h: &'a mut B::Act,
+    /// (T, K)
+    pub x: &'a B::Act,
+    pub w: &'a Linear<B>,
+    /// (P) working copy of the adapter; None: run the frozen base alone (h is not touched)
+    pub lora: Option<&'a B::Act>,
+    pub t: usize,
+    pub dropout: Option<Dropout>,
+}
+
+/// dh = scale * dy B; dx = dy W + dropout'(dh A); dB += scale * dyᵀ h; dA += dhᵀ dropout(x).
+pub struct LinearBackward<'a, B: Backend> {
+    /// (T, K) = ; None where nothing below is trainable
+    pub dx: Option<&'a mut B::Act>,
+    /// (P) += at the parts' offsets
+    pub d_lora: &'a mut B::F32,
+    /// (T, R) scratch
+    pub dh: &'a mut B::Act,
+    /// (T, N)
+    pub dy: &'a B::Act,
+    /// (T, K)
+    pub x: &'a B::Act,
+    /// (T, R)
+    pub h: &'a B::Act,
+    pub w: &'a Linear<B>,
+    /// (P)
+    pub lora: &'a B::Act,
+    pub t: usize,
+    pub dropout: Option<Dropout>,
+}
+
+/// Cross-entropy of the target tokens, in chunks; the (T, V) logits never exist.
+/// loss += scale * sum_m(logsumexp(z_m) - z_m[id_m]), z_m = x[row_m] · headᵀ
+/// dx[row_m] = scale * (softmax(z_m) - onehot(id_m)) · head, and 0 in rows without a target.
+pub struct HeadLoss<'a, B: Backend> {
+    /// (1) +=
+    pub loss: &'a mut B::F32,
+    /// (T, C) = ; None: loss alone (evaluation)
+    pub dx: Option<&'a mut B::Act>,
+    /// (T, C) output of the final norm
+    pub x: &'a B::Act,
+    /// (V, C)
+    pub head: &'a B::Matrix,
+    pub batch: &'a Batch<B>,
+    pub c: usize,
+    pub v: usize,
+}
+
+pub struct HeadLogits<'a, B: Backend> {
+    /// (M, V) =
+    pub logits: &'a mut B::F32,
+    /// (T, C)
+    pub x: &'a B::Act,
+    /// (V, C)
+    pub head: &'a B::Matrix,
+    /// Rows of x, on the host.
+    pub rows: &'a [usize],
+    pub c: usize,
+    pub v: usize,
+}
+
+/// `optim` of the run file. On the CPU all 32-bit kinds are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OptimKind {
+    AdamwTorch,
+    PagedAdamw32bit,
+}
+
+/// AdamW's state of all P trainable weights, on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OptimizerState {
+    /// (P) f32 master copy.
+    pub master: Vec<f32>,
+    /// (P) first moment.
+    pub m: Vec<f32>,
+    /// (P) second moment.
+    pub v: Vec<f32>,
+}
+
+/// A range of the trainable weights with settings of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamGroup {
+    pub range: std::ops::Range<usize>,
+    pub lr: f32,
+    pub weight_decay: f32,
+}
+
+/// Decoupled weight decay (Loshchilov & Hutter 2019, as torch.optim.AdamW), after clipping by the global norm:
+/// g *= min(1, max_grad_norm / (norm + 1e-6)); w *= 1 - lr*wd; m, v; w -= lr * (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps).
+/// Nothing is updated where `norm` is not finite. The gradients are left as they are.
+pub struct Adamw<'a, B: Backend> {
+    pub state: &'a mut B::Optimizer,
+    /// (P) = working copy, rounded from the master
+    pub lora: &'a mut B::Act,
+    /// (P)
+    pub grads: &'a B::F32,
+    /// (1) of grad_norm
+    pub norm: &'a B::F32,
+    /// Disjoint ranges that cover 0..P.
+    pub groups: &'a [ParamGroup],
+    pub beta1: f32,
+    pub beta2: f32,
+    pub eps: f32,
+    /// <= 0: no clipping
+    pub max_grad_norm: f32,
+    /// 1 for the first
+    pub step: u64,
+}
+
+/// Keys and values of one layer for one sequence being generated.
+pub struct KvCache<B: Backend> {
+    /// (capacity, G*D), rotated
+    pub k: B::Act,
+    /// (capacity, G*D)
+    pub v: B::Act,
+}
+
+/// Row i of the T new tokens sits at position `past + i` and sees the cache up to itself (and the window).
+pub struct AttentionDecode<'a, B: Backend> {
+    /// (T, H*D) =
+    pub o: &'a mut B::Act,
+    /// rows past .. past+T are written
+    pub cache: &'a mut KvCache<B>,
+    /// (T, (H+2G)*D), rotated
+    pub qkv: &'a B::Act,
+    pub t: usize,
+    pub past: usize,
+    pub heads: Heads,
+}

@@ -1,0 +1,186 @@
+//! LoRA: which projections get an adapter, and where each lies in the flat vector of trainable weights.
+
+use serde::{Deserialize, Serialize};
+
+use super::config::{ModelConfig, Proj};
+use crate::error::{Error, Result};
+use crate::rng::{self, Stream};
+
+/// `target_modules` of PEFT: a list of name endings, one regex over the whole module name, or "all-linear".
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    List(Vec<String>),
+    /// A regex that must match the full module name; the word "all-linear" means every projection.
+    Pattern(String),
+}
+
+/// The LoRA settings of PEFT's `LoraConfig` that we run. Field names are PEFT's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    pub r: usize,
+    pub lora_alpha: f64,
+    pub lora_dropout: f32,
+    pub target_modules: TargetModules,
+    /// Module-name patterns with a rank of their own, in file order.
+    pub rank_pattern: Vec<(String, usize)>,
+    pub alpha_pattern: Vec<(String, f64)>,
+    pub use_rslora: bool,
+}
+
+/// One adapted projection. A (r, k) starts at `a` in the flat vector, B (n, r) at `b`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Site {
+    pub layer: usize,
+    pub proj: Proj,
+    pub n: usize,
+    pub k: usize,
+    pub r: usize,
+    /// alpha / r, or alpha / sqrt(r) with rsLoRA.
+    pub scale: f32,
+    pub a: usize,
+    pub b: usize,
+    /// Index of the projection in the model, 7 * layer + proj: its stream of random numbers.
+    pub site: u32,
+}
+
+impl Site {
+    /// Range of A in the flat vector.
+    pub fn a_range(&self) -> std::ops::Range<usize> {
+        self.a..self.a + self.r * self.k
+    }
+
+    /// Range of B in the flat vector.
+    pub fn b_range(&self) -> std::ops::Range<usize> {
+        self.b..self.b + self.n * self.r
+    }
+
+    /// PEFT's tensor name: "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" (`which` is 'A' or 'B').
+    pub fn peft_name(&self, which: char) -> String {
+        format!("base_model.model.{}.lora_{which}.weight", self.proj.module(self.layer))
+    }
+}
+
+/// All adapted projections and P, the number of trainable weights. The flat vector holds A then B of each site, in order.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct AdapterLayout {
+    pub sites: Vec<Site>,
+    pub len: usize,
+}
+
+/// Adapter weights on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostAdapter {
+    pub config: LoraConfig,
+    pub layout: AdapterLayout,
+    /// (P) f32
+    pub weights: Vec<f32>,
+}
+
+impl HostAdapter {
+    /// A fresh adapter: A uniform in ±1/sqrt(k) (PEFT's kaiming_uniform with a = sqrt(5)), B zero.
+    pub fn init(config: LoraConfig, model: &ModelConfig, seed: u64) -> Result<Self> {
+        let layout = AdapterLayout::new(&config, model)?;
+        let mut weights = vec![0.0; layout.len];
+        for s in &layout.sites {
+            let bound = 1.0 / (s.k as f32).sqrt();
+            for (i, w) in weights[s.a_range()].iter_mut().enumerate() {
+                *w = (2.0 * rng::uniform(seed, Stream::Init, s.site, i as u64) - 1.0) * bound;
+            }
+        }
+        Ok(Self { config, layout, weights })
+    }
+}
+
+/// PEFT's match of a pattern key against a module name: the whole name, or its end after a dot.
+fn key_matches(key: &str, module: &str) -> Result<bool> {
+    let re = regex::Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+        .map_err(|e| Error::flag("rank_pattern / alpha_pattern", format!("{key:?} ({e})"), "a regular expression"))?;
+    Ok(re.is_match(module))
+}
+
+impl AdapterLayout {
+    /// Resolves target modules and patterns against a model. Errors: rank 0, a bad regex, a name that matches nothing
+    /// or something that is not one of the seven projections.
+    pub fn new(config: &LoraConfig, model: &ModelConfig) -> Result<Self> {
+        let mut layout = Self::default();
+        for layer in 0..model.num_hidden_layers {
+            for (i, proj) in Proj::ALL.into_iter().enumerate() {
+                let module = proj.module(layer);
+                if !config.targets(proj, &module)? {
+                    continue;
+                }
+                let (r, alpha) = config.rank_and_alpha(&module)?;
+                let (n, k) = model.dims(proj);
+                let (a, b) = (layout.len, layout.len + r * k);
+                layout.len = b + n * r;
+                let scale = if config.use_rslora { alpha / (r as f64).sqrt() } else { alpha / r as f64 } as f32;
+                let site = (7 * layer + i) as u32;
+                layout.sites.push(Site { layer, proj, n, k, r, scale, a, b, site });
+            }
+        }
+        if layout.sites.is_empty() {
+            return Err(Error::flag("target_modules", config.target_modules.to_string(), TARGETS));
+        }
+        if let TargetModules::List(names) = &config.target_modules {
+            for name in names {
+                let short = name.rsplit('.').next().unwrap_or(name);
+                if !Proj::ALL.iter().any(|p| p.short_name() == short) {
+                    return Err(Error::flag("target_modules", format!("{name:?}"), TARGETS));
+                }
+            }
+        }
+        Ok(layout)
+    }
+}
+
+const TARGETS: &str = "names or a regex that match some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or \"all-linear\"";
+
+impl std::fmt::Display for TargetModules {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::List(names) => write!(f, "{names:?}"),
+            Self::Pattern(p) => write!(f, "{p:?}"),
+        }
+    }
+}
+
+impl LoraConfig {
+    fn targets(&self, proj: Proj, module: &str) -> Result<bool> {
+        match &self.target_modules {
+            TargetModules::List(names) => Ok(names.iter().any(|n| {
+                n == proj.short_name()
+                    || n == module
+                    || module.strip_suffix(n.as_str()).is_some_and(|rest| rest.ends_with('.'))
+            })),
+            TargetModules::Pattern(p) if p == "all-linear" => Ok(true),
+            TargetModules::Pattern(p) => {
+                let re = regex::Regex::new(&format!("^(?:{p})$")).map_err(|e| {
+                    Error::flag("target_modules", format!("{p:?} ({e})"), "a regular expression, or \"all-linear\"")
+                })?;
+                Ok(re.is_match(module))
+            }
+        }
+    }
+
+    fn rank_and_alpha(&self, module: &str) -> Result<(usize, f64)> {
+        let mut rank = self.r;
+        for (key, r) in &self.rank_pattern {
+            if key_matches(key, module)? {
+                rank = *r;
+                break;
+            }
+        }
+        let mut alpha = self.lora_alpha;
+        for (key, a) in &self.alpha_pattern {
+            if key_matches(key, module)? {
+                alpha = *a;
+                break;
+            }
+        }
+        if rank == 0 {
+            return Err(Error::flag("r", "0", "a rank of at least 1"));
+        }
+        Ok((rank, alpha))
+    }
+}

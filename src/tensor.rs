@@ -1,0 +1,148 @@
+//! Tensors on the host: plain row-major bytes with a dtype and a shape, owned or inside a memory-mapped file.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+
+use crate::nf4::Quantized;
+
+/// Element type of a dense tensor in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Dtype {
+    /// Bytes an element takes.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// The name PyTorch, transformers and bitsandbytes use: "float32", "bfloat16", "float16".
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+        }
+    }
+
+    /// The inverse of [`Dtype::torch_name`]; None for any other name.
+    pub fn from_torch_name(name: &str) -> Option<Self> {
+        [Self::F32, Self::Bf16, Self::F16].into_iter().find(|d| d.torch_name() == name)
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Bytes {
+    Owned(Arc<[u8]>),
+    Mapped(Arc<Mmap>, Range<usize>),
+}
+
+/// A dense tensor: `shape` elements of `dtype`, row-major, little-endian. Cloning shares the bytes.
+#[derive(Clone, Debug)]
+pub struct HostTensor {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    bytes: Bytes,
+}
+
+impl HostTensor {
+    /// A tensor over owned bytes. Panics if the byte count is not `shape` × `dtype`: the caller has checked.
+    pub fn owned(dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8>) -> Self {
+        assert_eq!(bytes.len(), shape.iter().product::<usize>() * dtype.size(), "bytes against shape");
+        Self { dtype, shape, bytes: Bytes::Owned(bytes.into()) }
+    }
+
+    /// A tensor over a range of a mapped file. Panics if the range is not `shape` × `dtype` bytes or leaves the map.
+    pub fn mapped(dtype: Dtype, shape: Vec<usize>, map: Arc<Mmap>, range: Range<usize>) -> Self {
+        assert_eq!(range.len(), shape.iter().product::<usize>() * dtype.size(), "bytes against shape");
+        assert!(range.end <= map.len(), "range inside the map");
+        Self { dtype, shape, bytes: Bytes::Mapped(map, range) }
+    }
+
+    /// An f32 tensor from values.
+    pub fn from_f32(shape: Vec<usize>, values: &[f32]) -> Self {
+        Self::owned(Dtype::F32, shape, bytemuck::cast_slice(values).to_vec())
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Owned(b) => b,
+            Bytes::Mapped(map, r) => &map[r.clone()],
+        }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All elements widened to f32 (exact).
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.len()];
+        self.widen(0, &mut out);
+        out
+    }
+
+    /// Elements `start .. start + out.len()` widened to f32 (exact) into `out`.
+    pub fn widen(&self, start: usize, out: &mut [f32]) {
+        let size = self.dtype.size();
+        let bytes = &self.bytes()[start * size..(start + out.len()) * size];
+        match self.dtype {
+            Dtype::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            Dtype::Bf16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+                }
+            }
+            Dtype::F16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = f16::from_le_bytes([b[0], b[1]]).to_f32();
+                }
+            }
+        }
+    }
+}
+
+/// A frozen weight matrix (N, K) as a checkpoint holds it: 16/32-bit, or in 4 bits.
+#[derive(Clone, Debug)]
+pub enum HostMatrix {
+    Dense(HostTensor),
+    Quantized(Quantized),
+}
+
+impl HostMatrix {
+    /// (N, K).
+    pub fn dims(&self) -> (usize, usize) {
+        let shape = match self {
+            Self::Dense(t) => &t.shape,
+            Self::Quantized(q) => &q.shape,
+        };
+        assert_eq!(shape.len(), 2, "a weight matrix has two dimensions");
+        (shape[0], shape[1])
+    }
+
+    /// All N*K elements in f32, row-major (dequantised if in 4 bits).
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self {
+            Self::Dense(t) => t.to_f32(),
+            Self::Quantized(q) => q.dequantize(),
+        }
+    }
+}
