@@ -49,6 +49,7 @@ pub trait Backend: Sized {
     fn write_i32(&mut self, dst: &mut Self::I32, src: &[i32]) -> Result<()>;
     /// dst = 0, all of it.
     fn zero_f32(&mut self, dst: &mut Self::F32) -> Result<()>;
+    fn zero_act(&mut self, dst: &mut Self::Act) -> Result<()>;
     /// Master weights, m and v as f32, whatever the device keeps them in.
     fn read_optimizer(&mut self, src: &Self::Optimizer) -> Result<OptimizerState>;
     fn write_optimizer(&mut self, dst: &mut Self::Optimizer, src: &OptimizerState) -> Result<()>;
