@@ -1,6 +1,15 @@
 //! 4-bit block quantisation as bitsandbytes does it: NF4 and FP4 code books, blocks of 64, double quantisation.
 
-use crate::tensor::{Dtype, HostTensor};
+pub mod codebook;
+mod dequantize;
+mod quantize;
+pub mod serialize;
+#[cfg(test)]
+mod tests;
+
+pub use quantize::quantize;
+
+use crate::tensor::Dtype;
 
 /// Elements that share one absmax, along the flattened row-major tensor.
 pub const BLOCK: usize = 64;
@@ -44,14 +53,4 @@ impl Quantized {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-
-    /// All elements in f32, row-major. Bit-exact with bitsandbytes' float32 dequantisation.
-    pub fn dequantize(&self) -> Vec<f32> {
-        unimplemented!("helper nf4")
-    }
-}
-
-/// Quantise a tensor of any shape (blocks of 64 along the flattened elements). Multi-threaded.
-pub fn quantize(_source: &HostTensor, _quant_type: QuantType, _double_quant: bool) -> Quantized {
-    unimplemented!("helper nf4")
 }

@@ -1,0 +1,46 @@
+//! Golden tests: every case of the fixture folder is a test of its own, named after its folder or file.
+//!
+//! Cases are found by pattern in the folder that HALFBYTE_FIXTURES names (default `tests/fixtures`), and all that is
+//! checked comes out of their files: `nf4/index.json`, `NAME-nf4-*/`, `NAME-lora/` with expected.json.
+
+mod files;
+mod nf4;
+
+use std::path::{Path, PathBuf};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// How near is near enough, from the fixtures' README. Relative to the expected value; tensors by their L2 norm.
+mod tolerance {
+    /// Offset of double quantisation: the order of its sum is free.
+    pub const NESTED_OFFSET: f64 = 1e-6;
+    pub const NESTED_ABSMAX: f64 = 1e-5;
+    /// A double-quantised absmax may be one code off only this near a midpoint, in units of nested_absmax.
+    pub const NESTED_TIE: f32 = 1e-5;
+}
+
+fn main() {
+    let args = Arguments::from_args();
+    let root = match std::env::var_os("HALFBYTE_FIXTURES") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures"),
+    };
+    let trials = match find(&root) {
+        Ok(trials) => trials,
+        // No fixtures is a failure, never a silent pass.
+        Err(error) => vec![Trial::test("fixtures", move || Err(error))],
+    };
+    libtest_mimic::run(&args, trials).exit();
+}
+
+/// All cases below `root`.
+fn find(root: &Path) -> Result<Vec<Trial>, Failed> {
+    let mut trials = Vec::new();
+    if root.join("nf4/index.json").exists() {
+        trials.extend(nf4::cases(&root.join("nf4"))?);
+    }
+    if trials.is_empty() {
+        return Err(format!("{}: no case found", root.display()).into());
+    }
+    Ok(trials)
+}
