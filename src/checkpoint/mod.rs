@@ -1,1 +1,26 @@
-//! (see DESIGN)
+//! Everything that touches a file of weights: Hugging Face directories, 4-bit directories of bitsandbytes, PEFT
+//! adapters, merged models, training state.
+//!
+//! Readers check every claim of a file before they use it and answer with file, place, found, expected. Writers go
+//! through [`atomic`]: what they make is complete or not there.
+
+pub mod config;
+pub mod dir;
+mod json;
+mod names;
+pub mod peft;
+pub mod safetensors_file;
+#[cfg(test)]
+mod tests;
+
+pub use dir::{ModelDir, TensorInfo, Weights};
+pub use safetensors_file::SafeTensors;
+
+use crate::nf4::QuantType;
+
+/// How to put 16/32-bit projections into 4 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuantConfig {
+    pub quant_type: QuantType,
+    pub double_quant: bool,
+}
