@@ -236,6 +236,11 @@ impl Backend for Cpu {
         copy_in("write_i32", dst, src)
     }
 
+    fn zero_act(&mut self, dst: &mut Vec<f32>) -> Result<()> {
+        dst.fill(0.0);
+        Ok(())
+    }
+
     fn zero_f32(&mut self, dst: &mut Vec<f32>) -> Result<()> {
         dst.fill(0.0);
         Ok(())

@@ -99,6 +99,9 @@ fn moves_keep_bits_and_leave_the_rest_alone() {
     assert_eq!(y, x[..4]);
     cpu.zero_f32(&mut x).unwrap();
     assert_eq!(x, [0.0; 5]);
+    let mut x = vec![9.0; 5];
+    cpu.zero_act(&mut x).unwrap();
+    assert_eq!(x, [0.0; 5]);
     assert_shape_error(cpu.write_act(&mut x, &[0.0; 6]), "write_act", "dst");
     assert_shape_error(cpu.read_f32(&x, &mut [0.0; 6]), "read_f32", "src");
     assert_eq!(cpu.describe(), "CPU (2 threads)");
