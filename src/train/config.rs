@@ -423,6 +423,7 @@ mod tests {
             ("logging_steps = 0", "logging_steps: ", "at least 1"),
             ("save_steps = 2.5", "save_steps: ", "whole number"),
             ("eval_strategy = \"steps\"", "eval_strategy: ", "eval_data"),
+            ("eval_steps = 5", "eval_steps: ", "eval_data"),
             ("eval_fraction = 1.0", "eval_fraction: ", "below 1"),
             ("eval_fraction = 0.5\neval_data = \"x\"", "eval_fraction: ", "one of"),
             ("load_best_model_at_end = true", "load_best_model_at_end: ", "eval_data"),
@@ -455,8 +456,6 @@ mod tests {
         set(&mut table, "rank_pattern", "q_proj=2,v_proj=3").unwrap();
         set(&mut table, "resume", "out/checkpoint-3").unwrap();
         set(&mut table, "eval_steps", "5").unwrap();
-        let c = TrainConfig::from_table(&table).unwrap_err();
-        assert!(c.to_string().contains("rank_pattern") || c.exit_code() == 2);
         set(&mut table, "eval_data", "e.jsonl").unwrap();
         let c = TrainConfig::from_table(&table).unwrap();
         assert_eq!((c.r, c.learning_rate, c.eval_steps), (4, 2e-4, Some(5.0)));

@@ -153,6 +153,9 @@ impl TrainConfig {
     /// When the held-out rows are evaluated.
     pub fn evaluating(&self) -> Result<Every> {
         let steps = Every::Steps(self.eval_steps.unwrap_or(self.logging_steps));
+        if let (false, Some(n)) = (self.has_eval_data(), self.eval_steps) {
+            return Err(Error::flag("eval_steps", format!("{n} without held-out data"), "eval_data or eval_fraction"));
+        }
         let unset = match (self.has_eval_data(), self.eval_steps, self.load_best_model_at_end) {
             (false, ..) => Every::No,
             (_, Some(_), _) => steps,
