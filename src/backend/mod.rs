@@ -9,6 +9,8 @@
 //! `N`,`K` output and input width of a linear, `M` target tokens, `P` trainable weights.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use crate::error::Result;
 use crate::tensor::HostMatrix;

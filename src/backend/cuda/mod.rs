@@ -1,0 +1,68 @@
+//! The CUDA backend: one NVIDIA GPU, our own kernels (csrc/*.cu), one stream.
+//!
+//! `ffi` is the only extern block, and `ops` its only user: raw, then checked. The CUDA runtime is linked in statically,
+//! the driver is opened at run time, so the program starts on a machine that has neither GPU nor driver.
+
+pub mod device;
+mod ffi;
+pub mod memory;
+pub mod ops;
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
+
+use crate::error::{Error, Result};
+use device::{Device, Driver};
+
+/// One GPU, ready to run kernels. All work goes to one stream, in order.
+pub struct Cuda {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    device: Device,
+}
+
+impl Cuda {
+    /// Opens the GPU with this number (`CUDA_VISIBLE_DEVICES` applies). [`Error::Unavailable`] says why it cannot be used.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let what = format!("GPU {ordinal}");
+        let driver = Driver::discover()?;
+        let unavailable = |why: String| Error::Unavailable { what: what.clone(), why };
+        if let Some(why) = driver.too_old {
+            return Err(unavailable(why));
+        }
+        let count = driver.devices.len();
+        let device = driver.devices.into_iter().nth(ordinal);
+        let device = device.ok_or_else(|| unavailable(format!("the driver shows {count} GPU(s), numbered from 0")))?;
+        if let Some(why) = device.unsupported {
+            return Err(unavailable(why));
+        }
+        let context = CudaContext::new(ordinal).map_err(|e| driver_error("cuDevicePrimaryCtxRetain", e))?;
+        // SAFETY: events order uses of a buffer by several streams. Here is one stream; `memory` and `ops` refuse
+        // buffers of another.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(|e| driver_error("cuStreamCreate", e))?;
+        Ok(Self { context, stream, device })
+    }
+
+    /// The GPU that this is.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Free and total bytes of device memory.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.context.bind_to_thread().map_err(|e| driver_error("cuCtxSetCurrent", e))?;
+        self.context.mem_get_info().map_err(|e| driver_error("cuMemGetInfo", e))
+    }
+
+    /// Waits until all that was launched has finished; an error of a kernel shows here at the latest.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|e| driver_error("cuStreamSynchronize", e))
+    }
+}
+
+/// A driver call that failed, with the driver's own words for it.
+fn driver_error(op: impl Into<String>, error: DriverError) -> Error {
+    Error::Cuda { op: op.into(), detail: device::describe(error) }
+}
