@@ -152,7 +152,7 @@ fn model(keys: &Keys, family: Family) -> Result<ModelConfig> {
     let attention_bias = keys.flag("attention_bias", false)?;
     // MistralConfig and LlamaConfig name 1 and 2 themselves; a null in the file says there is none.
     let named = matches!(family, Family::Mistral | Family::Llama);
-    let default = |key: &str, id: u32| (named && !keys.map.contains_key(key)).then(|| vec![id]).unwrap_or_default();
+    let default = |key: &str, id: u32| if named && !keys.map.contains_key(key) { vec![id] } else { vec![] };
     let bos = token_ids(keys, "bos_token_id", vocab_size)?.unwrap_or_else(|| default("bos_token_id", 1));
     let eos = token_ids(keys, "eos_token_id", vocab_size)?.unwrap_or_else(|| default("eos_token_id", 2));
     // A pad token beyond the embedding is common (added without a resize) and harmless: nothing here is ever padded.

@@ -117,6 +117,11 @@ impl ModelDir {
         bytes.into_iter().max_by_key(|b| b.1).map_or(Dtype::F32, |b| b.0)
     }
 
+    /// The dtype of a dense tensor. Errors: not one.
+    pub(super) fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.file_of(name)?.dense(name)?.dtype)
+    }
+
     /// A dense tensor, mapped, checked for NaN and infinities.
     pub fn dense(&self, name: &str) -> Result<HostTensor> {
         let file = self.file_of(name)?;

@@ -3,15 +3,18 @@
 //! A setting of PEFT that changes what the adapter computes, and that we do not run, is refused by name. Keys that only
 //! tell how the adapter was made are passed over; keys we have never seen are refused unless they are off.
 
+use std::io::{self, Write};
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
+use super::atomic::{self, DirWriter};
 use super::dir::first_not_finite;
 use super::json::{Keys, is_off, parse_object, read_text, shorten};
-use super::safetensors_file::SafeTensors;
+use super::safetensors_file::{FileDtype, SafeTensors};
+use super::safetensors_write::{Spec, write_to};
 use crate::error::{Error, Result};
-use crate::model::{AdapterLayout, HostAdapter, LoraConfig, ModelConfig, TargetModules};
+use crate::model::{AdapterLayout, HostAdapter, LoraConfig, ModelConfig, Proj, TargetModules};
 
 pub const CONFIG: &str = "adapter_config.json";
 pub const WEIGHTS: &str = "adapter_model.safetensors";
@@ -201,4 +204,82 @@ fn read_weights(file: &SafeTensors, layout: &AdapterLayout, model: &ModelConfig)
         ));
     }
     Ok(weights)
+}
+
+/// The text of adapter_config.json. "all-linear" becomes the names it stands for, as PEFT itself saves it. Only keys
+/// that every release of PEFT knows are written.
+pub fn config_text(config: &LoraConfig, base_model: &str) -> String {
+    let targets = match &config.target_modules {
+        TargetModules::List(names) => json!(names),
+        TargetModules::Pattern(p) if p == "all-linear" => json!(Proj::ALL.map(Proj::short_name)),
+        TargetModules::Pattern(p) => json!(p),
+    };
+    let ranks: Map<String, Value> = config.rank_pattern.iter().map(|(k, r)| (k.clone(), json!(r))).collect();
+    let alphas: Map<String, Value> = config.alpha_pattern.iter().map(|(k, a)| (k.clone(), number(*a))).collect();
+    let map = json!({
+        "alpha_pattern": alphas,
+        "auto_mapping": null,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "lora_alpha": number(config.lora_alpha),
+        "lora_dropout": shortest(config.lora_dropout),
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": ranks,
+        "revision": null,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": config.use_rslora,
+    });
+    format!("{map:#}\n")
+}
+
+/// Whole numbers without a fraction: 16, not 16.0.
+fn number(x: f64) -> Value {
+    if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
+}
+
+/// The shortest decimal that is this f32: 0.05, not 0.05000000074505806.
+fn shortest(x: f32) -> Value {
+    json!(x.to_string().parse::<f64>().unwrap_or(x.into()))
+}
+
+/// Writes adapter_model.safetensors: f32, PEFT's names, in alphabetical order as PEFT has them.
+pub(super) fn write_weights(adapter: &HostAdapter, out: &mut dyn Write) -> io::Result<()> {
+    let mut tensors = Vec::new();
+    for s in &adapter.layout.sites {
+        for (which, shape, range) in [('A', [s.r, s.k], s.a_range()), ('B', [s.n, s.r], s.b_range())] {
+            let spec = Spec::new(s.peft_name(which), FileDtype::F32, shape.to_vec());
+            tensors.push((spec, bytemuck::cast_slice(&adapter.weights[range])));
+        }
+    }
+    tensors.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+    write_to(out, tensors)
+}
+
+/// Writes the two files into a folder in the making.
+pub(super) fn write_files(dir: &DirWriter, adapter: &HostAdapter, base_model: &str) -> Result<()> {
+    dir.write(WEIGHTS, |out| write_weights(adapter, out))?;
+    dir.write(CONFIG, |out| out.write_all(config_text(&adapter.config, base_model).as_bytes()))
+}
+
+/// Writes the adapter so that PEFT loads it. A folder that is not there appears complete or not at all; in one that is,
+/// the two files are replaced one after the other and everything else is left alone.
+/// Errors: the system refuses to write.
+pub fn save(dir: &Path, adapter: &HostAdapter, base_model: &str) -> Result<()> {
+    if dir.is_dir() {
+        atomic::write_file(&dir.join(WEIGHTS), |out| write_weights(adapter, out))?;
+        let text = config_text(&adapter.config, base_model);
+        return atomic::write_file(&dir.join(CONFIG), |out| out.write_all(text.as_bytes()));
+    }
+    let writer = DirWriter::new(dir)?;
+    write_files(&writer, adapter, base_model)?;
+    writer.commit()
 }

@@ -6,6 +6,8 @@ use crate::error::Error;
 
 mod bad_input;
 mod configs;
+mod crashes;
+mod round_trips;
 
 /// A folder of tests/fixtures.
 fn fixture(name: &str) -> PathBuf {
