@@ -53,7 +53,7 @@ impl ChatTemplate {
             Ok(out)
         });
         env.add_filter("tojson", tojson);
-        env.add_filter("trim", |s: &str, chars: Option<&str>| strip(s, chars, true, true).to_string());
+        env.add_filter("trim", |v: Value, chars: Option<&str>| strip(&v.to_string(), chars, true, true).to_string());
         let compiled = GENERATION.replace_all(source, |c: &regex::Captures<'_>| {
             let tag = if &c[2] == "generation" { "if true" } else { "endif" };
             format!("{{%{} {tag} {}%}}", &c[1], &c[3])
@@ -187,7 +187,7 @@ fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) 
                     if name == "partition" { (s.split_once(sep), (s, "")) } else { (s.rsplit_once(sep), ("", s)) };
                 let (a, b) = cut.unwrap_or(missing);
                 let middle = if cut.is_some() { sep } else { "" };
-                return Ok([a, middle, b].into_iter().map(Value::from).collect());
+                return Ok(Value::from((a, middle, b)));
             }
             "rsplit" => {
                 let (sep, max): (Option<&str>, Option<i64>) = from_args(args)?;
@@ -222,4 +222,109 @@ fn rsplit_spaces(s: &str, pieces: usize) -> Vec<&str> {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use chrono::TimeZone as _;
+    use serde::Deserialize;
+
+    use super::*;
+
+    /// What scripts/make-chat-fixtures wrote.
+    #[derive(Deserialize)]
+    struct Fixture {
+        tokens: Map<String, Json>,
+        cases: Vec<Case>,
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        name: String,
+        messages: Vec<Map<String, Json>>,
+        tools: Json,
+        add_generation_prompt: bool,
+        expected: Option<String>,
+        error: Option<String>,
+    }
+
+    /// `NOW` of the script.
+    fn clock() -> DateTime<Local> {
+        Local.with_ymd_and_hms(2026, 3, 9, 7, 5, 0).unwrap()
+    }
+
+    fn template(source: &str) -> ChatTemplate {
+        ChatTemplate::new(source, Map::new(), clock).unwrap()
+    }
+
+    fn message(mut m: Map<String, Json>) -> Message {
+        let role = m.remove("role").unwrap().as_str().unwrap().into();
+        let content = m.get("content").and_then(Json::as_str).unwrap_or_default().to_string();
+        Message { role, content, extra: m }
+    }
+
+    fn check(name: &str) {
+        let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/chat"));
+        let source = std::fs::read_to_string(folder.join(format!("{name}.jinja"))).unwrap();
+        let fixture = std::fs::read(folder.join(format!("{name}.json"))).unwrap();
+        let Fixture { tokens, cases } = serde_json::from_slice(&fixture).unwrap();
+        let template = ChatTemplate::new(&source, tokens, clock).unwrap();
+        assert!(cases.len() > 40);
+        for case in cases {
+            let messages: Vec<Message> = case.messages.into_iter().map(message).collect();
+            let options = RenderOptions { add_generation_prompt: case.add_generation_prompt, tools: case.tools };
+            let found = template.render(&messages, &options);
+            match (case.expected, found) {
+                (Some(expected), found) => assert_eq!(found.as_ref(), Ok(&expected), "{name}: {}", case.name),
+                (None, Ok(text)) => panic!("{name}: {}: {text:?}, where transformers gives an error", case.name),
+                (None, Err(e)) => {
+                    let words = case.error.unwrap_or_default();
+                    assert!(e.contains(&words), "{name}: {}: {e:?} instead of {words:?}", case.name);
+                }
+            }
+        }
+    }
+
+    macro_rules! fixtures {
+        ($($test:ident: $name:literal)*) => {
+            $(#[test]
+            fn $test() {
+                check($name);
+            })*
+        };
+    }
+
+    fixtures! {
+        smollm2_renders_as_in_transformers: "smollm2"
+        mistral_v02_renders_as_in_transformers: "mistral-v0.2"
+        mistral_v03_renders_as_in_transformers: "mistral-v0.3"
+        llama_3_renders_as_in_transformers: "llama-3"
+        llama_31_renders_as_in_transformers: "llama-3.1"
+        llama_32_renders_as_in_transformers: "llama-3.2"
+        qwen_25_renders_as_in_transformers: "qwen2.5"
+        qwen_3_renders_as_in_transformers: "qwen3"
+        every_feature_renders_as_in_transformers: "features"
+    }
+
+    #[test]
+    fn errors_carry_the_words_of_the_template_and_its_line() {
+        let t = template("a\n{{ raise_exception('no narrators') }}");
+        assert_eq!(t.render(&[], &RenderOptions::default()), Err("no narrators (line 2 of the template)".into()));
+        let broken = ChatTemplate::new("{% if %}", Map::new(), clock).unwrap_err();
+        assert!(broken.contains("syntax error"), "{broken}");
+    }
+
+    #[test]
+    fn a_bad_format_of_the_clock_is_an_error() {
+        let e = template("{{ strftime_now('%Q') }}").render(&[], &RenderOptions::default()).unwrap_err();
+        assert!(e.contains("unknown format"), "{e}");
+    }
+
+    #[test]
+    fn only_templates_that_read_the_clock_change_by_the_day() {
+        assert!(template("{{ strftime_now('%d') }}").reads_clock());
+        assert!(!template("{{ date_string }}").reads_clock());
+    }
 }

@@ -99,29 +99,26 @@ impl Renderer<'_> {
     /// Message `i` as the difference of two renderings.
     fn turn(&self, messages: &[Message], i: usize) -> Result<Turn, Fault> {
         let text = self.render(&messages[..=i], false)?;
-        // Before the first message there may be nothing that a template could render.
-        let prompt = match self.render(&messages[..i], true) {
-            Err(_) if i == 0 => {
-                let start = self.content_start(&text, messages, i)?;
-                return Ok(Turn { text, start, spliced: false });
-            }
-            prompt => prompt?,
-        };
+        if i == 0 {
+            // Before the first message there may be nothing that a template could render.
+            let prompt = self.render(&[], true).ok().filter(|p| text.starts_with(p));
+            let start = prompt.map_or_else(|| self.content_start(&text, messages, i), |p| Ok(p.len()))?;
+            return Ok(Turn { text, start, spliced: false });
+        }
+        let prompt = self.render(&messages[..i], true)?;
         if text.starts_with(&prompt) {
             return Ok(Turn { text, start: prompt.len(), spliced: false });
         }
         let content = self.content_start(&text, messages, i)?;
         let before = self.render(&messages[..i], false).unwrap_or_default();
-        if i > 0 && !before.is_empty() && text.starts_with(&before) {
+        if !before.is_empty() && text.starts_with(&before) {
             // The generation prompt itself goes on differently (an opened <think>): the answer starts where they part.
             let start = common_prefix(&text, &prompt).min(content);
             return Ok(Turn { text, start, spliced: false });
         }
         // The context changed once the answer came. Its end still reads the same: cut there.
-        let cut = longest_common_tail(&text[..content], &prompt);
-        let last = messages[..i].last().map_or("", |m| m.content.trim());
-        if let Some((at, len)) = cut.filter(|(_, len)| prompt[prompt.len() - len..].contains(last)) {
-            debug_assert!(len > 0);
+        let asked = messages[i - 1].content.trim();
+        if let Some(at) = cut_behind_prompt(&text[..content], &prompt, asked) {
             let start = prompt.len();
             return Ok(Turn { text: prompt + &text[at..], start, spliced: true });
         }
@@ -149,15 +146,19 @@ fn common_prefix(a: &str, b: &str) -> usize {
     a.chars().zip(b.chars()).take_while(|(x, y)| x == y).map(|(x, _)| x.len_utf8()).sum()
 }
 
-/// The cut of `head` whose left part shares the longest tail with `prompt`: (where, bytes shared). None shares nothing.
-fn longest_common_tail(head: &str, prompt: &str) -> Option<(usize, usize)> {
+/// Where `prompt` ends inside `head`, which begins otherwise: the last place before which both read the same, back to
+/// the message that was asked and some of the template's own text. None: nowhere.
+fn cut_behind_prompt(head: &str, prompt: &str, asked: &str) -> Option<usize> {
     let shared = |at: usize| -> usize {
         let pairs = head[..at].chars().rev().zip(prompt.chars().rev());
         pairs.take_while(|(x, y)| x == y).map(|(x, _)| x.len_utf8()).sum()
     };
     // What stands between prompt and content is a header or a space; no need to look far.
-    let cuts = (head.len().saturating_sub(256)..=head.len()).filter(|&at| head.is_char_boundary(at));
-    cuts.map(|at| (at, shared(at))).filter(|c| c.1 > 0).max_by_key(|c| (c.1, c.0))
+    let cuts = (head.len().saturating_sub(256)..=head.len()).rev().filter(|&at| head.is_char_boundary(at));
+    cuts.into_iter().find(|&at| {
+        let tail = &prompt[prompt.len() - shared(at)..];
+        tail.len() > asked.len() && tail.contains(asked)
+    })
 }
 
 /// Whether a token's bytes meet a span. A token across the start of a span counts: the model must predict it.

@@ -1,5 +1,5 @@
 //! From JSON lines to rows of tokens: reader, chat template, loss mask, tokeniser, packing, shuffle, split, cache.
-//! `docs` of each choice: DESIGN section 6, "No silent choices about data".
+//! No silent choices: what is left out, cut or refused is counted or named.
 
 mod cache;
 mod chat;
@@ -10,6 +10,8 @@ mod pyjson;
 mod stats;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_mask;
 mod tokenizer;
 
 use std::fs;
