@@ -73,7 +73,7 @@ fn chat(tok: &Tokenizer, messages: &[Message], tools: &Value, first: Option<usiz
         let spans: Vec<Range<usize>> = turns.iter().map(|(_, t)| t.start..t.text.len()).collect();
         return Ok(vec![with_stops(tok, &text, &spans)?]);
     }
-    turns.iter().map(|(_, t)| with_stops(tok, &t.text, &[t.start..t.text.len()])).collect()
+    turns.iter().map(|(_, t)| with_stops(tok, &t.text, std::slice::from_ref(&(t.start..t.text.len())))).collect()
 }
 
 /// The conversation up to an answer.
