@@ -93,7 +93,7 @@ keys! {
     out: PathBuf = PathBuf::new(), Path, "output_dir";
     /// Start afresh in an `out` that already holds a run: its checkpoints and metrics are removed.
     overwrite_output_dir: bool = false, Bool, "overwrite";
-    /// Start from this PEFT adapter instead of a fresh one (its own r, lora_alpha and target_modules hold).
+    /// Start from this PEFT adapter instead of a fresh one; its own LoRA settings hold.
     adapter: Option<PathBuf> = None, Path;
     /// Where tokenised data is kept between runs. Default: `.cache` in `out`.
     cache_dir: Option<PathBuf> = None, Path;

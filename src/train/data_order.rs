@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::config::TrainConfig;
-use crate::rng::{self, Stream};
+use crate::data;
 
 /// The order of a run over `rows` rows.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ impl DataOrder {
             accumulate: config.gradient_accumulation_steps as u64,
             seed: config.seed,
             total: 0,
-            current: (0, rng::permutation(config.seed, Stream::Shuffle, 0, rows)),
+            current: (0, data::epoch_order(rows, config.seed, 0)),
         };
         order.total = match config.max_steps {
             n if n > 0 => n as u64,
@@ -74,7 +74,7 @@ impl DataOrder {
         // The stream of an epoch is a 32-bit number; beyond, shuffles repeat.
         let epoch_stream = epoch as u32;
         if self.current.0 != epoch_stream {
-            self.current = (epoch_stream, rng::permutation(self.seed, Stream::Shuffle, epoch_stream, self.rows));
+            self.current = (epoch_stream, data::epoch_order(self.rows, self.seed, epoch_stream));
         }
         let range: Range<u64> = index * self.accumulate..((index + 1) * self.accumulate).min(per_epoch);
         let rows = |micro: u64| {
