@@ -97,6 +97,7 @@ impl HostTensor {
     }
 
     /// Elements `start .. start + out.len()` widened to f32 (exact) into `out`.
+    #[inline(always)] // into loops compiled for wider vectors than the crate's
     pub fn widen(&self, start: usize, out: &mut [f32]) {
         let size = self.dtype.size();
         let bytes = &self.bytes()[start * size..(start + out.len()) * size];

@@ -10,6 +10,7 @@ use safetensors::{Dtype, SafeTensors};
 pub struct Fixture {
     path: PathBuf,
     bytes: Vec<u8>,
+    names: Vec<String>,
 }
 
 /// One tensor of it.
@@ -22,8 +23,10 @@ pub struct Stored<'a> {
 impl Fixture {
     pub fn open(path: &Path) -> Result<Self, Failed> {
         let bytes = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
-        SafeTensors::deserialize(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
-        Ok(Self { path: path.to_owned(), bytes })
+        let parsed = SafeTensors::deserialize(&bytes).map_err(|e| format!("{}: {e}", path.display()))?;
+        let mut names: Vec<String> = parsed.names().into_iter().map(str::to_owned).collect();
+        names.sort();
+        Ok(Self { path: path.to_owned(), bytes, names })
     }
 
     fn parsed(&self) -> SafeTensors<'_> {
@@ -37,6 +40,21 @@ impl Fixture {
 
     pub fn require(&self, name: &str) -> Result<Stored<'_>, Failed> {
         self.get(name).ok_or_else(|| format!("{}: no tensor {name}", self.path.display()).into())
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(String::as_str)
+    }
+
+    /// Shape and values of token ids, labels or masks.
+    pub fn i64s(&self, name: &str) -> Result<(Vec<usize>, Vec<i32>), Failed> {
+        let t = self.require(name)?;
+        if t.dtype != Dtype::I64 {
+            return Err(format!("{}: {name} is {:?}, expected I64", self.path.display(), t.dtype).into());
+        }
+        let values = t.bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as i32);
+        Ok((t.shape, values.collect()))
     }
 
     /// Any float dtype, widened.
@@ -58,6 +76,21 @@ pub fn near(what: &str, found: f64, expected: f64, tolerance: f64) -> Result<(),
         return Ok(());
     }
     Err(format!("{what}: found {found}, expected {expected}: off by {error:e}, allowed {tolerance:e} relative").into())
+}
+
+/// `Err` unless the L2 norm of the difference is within `tolerance` of that of `expected`.
+pub fn near_l2(what: &str, found: &[f32], expected: &[f32], tolerance: f64) -> Result<(), Failed> {
+    if found.len() != expected.len() {
+        return Err(format!("{what}: found {} values, expected {}", found.len(), expected.len()).into());
+    }
+    let square = |x: f64| x * x;
+    let error: f64 = found.iter().zip(expected).map(|(&a, &b)| square(f64::from(a) - f64::from(b))).sum();
+    let size: f64 = expected.iter().map(|&b| square(b.into())).sum();
+    // Not `error > ...`: a NaN must fail.
+    if error.sqrt() <= tolerance * size.sqrt() {
+        return Ok(());
+    }
+    Err(format!("{what}: off by {:e} of its L2 norm, allowed {tolerance:e}", (error / size).sqrt()).into())
 }
 
 /// `Err` unless all bits are equal.

@@ -4,6 +4,7 @@
 //! checked comes out of their files: `nf4/index.json`, `NAME-nf4-*/`, `NAME-lora/` with expected.json.
 
 mod files;
+mod model;
 mod nf4;
 
 use std::path::{Path, PathBuf};
@@ -12,6 +13,17 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 /// How near is near enough, from the fixtures' README. Relative to the expected value; tensors by their L2 norm.
 mod tolerance {
+    pub const LOSS: f64 = 1e-5;
+    pub const LOGITS: f64 = 1e-5;
+    pub const GRADIENT: f64 = 1e-4;
+    /// Losses, gradient norms and the adapter over 20 steps of AdamW.
+    pub const TRAINING: f64 = 1e-4;
+    /// What those steps changed.
+    pub const UPDATE: f64 = 1e-3;
+    /// transformers in bf16 against us in f32.
+    pub const LOSS_IN_BF16: f64 = 5e-3;
+    /// Weights quantised anew: a different offset of the last place, nothing else.
+    pub const REQUANTISED: f64 = 1e-6;
     /// Offset of double quantisation: the order of its sum is free.
     pub const NESTED_OFFSET: f64 = 1e-6;
     pub const NESTED_ABSMAX: f64 = 1e-5;
@@ -33,11 +45,20 @@ fn main() {
     libtest_mimic::run(&args, trials).exit();
 }
 
-/// All cases below `root`.
+/// All cases below `root`, sorted by name.
 fn find(root: &Path) -> Result<Vec<Trial>, Failed> {
+    let entries = std::fs::read_dir(root).map_err(|e| format!("{}: {e}", root.display()))?;
+    let mut names: Vec<String> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
     let mut trials = Vec::new();
-    if root.join("nf4/index.json").exists() {
-        trials.extend(nf4::cases(&root.join("nf4"))?);
+    for name in names {
+        if name == "nf4" {
+            trials.extend(nf4::cases(&root.join("nf4"))?);
+        } else if name.contains("-nf4-") {
+            trials.extend(model::four_bit_cases(root, &name)?);
+        } else if name.ends_with("-lora") {
+            trials.extend(model::lora_cases(root, &name)?);
+        }
     }
     if trials.is_empty() {
         return Err(format!("{}: no case found", root.display()).into());
