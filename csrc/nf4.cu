@@ -214,7 +214,7 @@ HALFBYTE_API cudaError_t nf4_quantize(const Nf4Quantize *args, cudaStream_t stre
 //   partial        (256)                 f64  scratch
 //   absmax         (blocks)              f32
 //
-// Two launches. The sum has one order for a given number of blocks: the same bits in every run.
+// Two launches, none for 0 blocks. The sum has one order for a given number of blocks: the same bits in every run.
 // Floor: 9 bytes a block (absmax is read twice).
 struct Nf4DoubleQuantize {
     uint8_t *codes;

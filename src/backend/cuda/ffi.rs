@@ -76,6 +76,7 @@ const _: () = assert!(size_of::<Nf4Dequantize>() == 64);
 
 unsafe extern "C" {
     fn cudaRuntimeGetVersion(version: *mut c_int) -> Status;
+    fn cudaSetDevice(device: c_int) -> Status;
     fn cudaGetErrorName(status: Status) -> *const c_char;
     fn cudaGetErrorString(status: Status) -> *const c_char;
 
@@ -103,4 +104,11 @@ pub fn runtime_version() -> Result<c_int> {
     // SAFETY: writes one int.
     unsafe { cudaRuntimeGetVersion(&mut version) }.check("cudaRuntimeGetVersion")?;
     Ok(version)
+}
+
+/// Starts the runtime on a GPU and makes its primary context current. The runtime then holds that context until the
+/// process ends, and with it the kernels that it loaded there.
+pub fn set_device(ordinal: c_int) -> Result<()> {
+    // SAFETY: takes a number, and answers with an error to one that is no GPU's.
+    unsafe { cudaSetDevice(ordinal) }.check("cudaSetDevice")
 }

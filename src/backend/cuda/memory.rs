@@ -59,6 +59,16 @@ impl Cuda {
         Ok(values)
     }
 
+    /// to = from, on the device. [`Error::Shape`] unless both have the same length.
+    pub fn copy<T: Pod>(&self, to: &mut Buffer<T>, from: &Buffer<T>) -> Result<()> {
+        if to.len != from.len {
+            return Err(Error::Shape { op: "copy", argument: "from", found: from.len, expected: to.len });
+        }
+        self.own(&to.bytes)?;
+        self.own(&from.bytes)?;
+        self.stream.memcpy_dtod(&from.bytes, &mut to.bytes).map_err(|e| driver_error("cuMemcpyDtoDAsync", e))
+    }
+
     /// The address of a buffer that a kernel reads. It stays valid as long as the buffer lives.
     pub(super) fn ptr<T>(&self, buffer: &Buffer<T>) -> Result<*const T> {
         self.own(&buffer.bytes)?;

@@ -8,6 +8,7 @@ mod ffi;
 pub mod memory;
 pub mod ops;
 
+use std::ffi::c_int;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
@@ -37,6 +38,7 @@ impl Cuda {
         if let Some(why) = device.unsupported {
             return Err(unavailable(why));
         }
+        ffi::set_device(ordinal as c_int)?;
         let context = CudaContext::new(ordinal).map_err(|e| driver_error("cuDevicePrimaryCtxRetain", e))?;
         // SAFETY: events order uses of a buffer by several streams. Here is one stream; `memory` and `ops` refuse
         // buffers of another.
