@@ -155,6 +155,12 @@ pub(super) fn parse(number: usize, line: &[u8]) -> Result<Option<Row>, Fault> {
     }
 }
 
+/// Checks one line of `file` without a tokenizer: the keys that make its kind of row, or None if it is blank.
+pub fn check_line(file: &Path, number: usize, line: &[u8]) -> Result<Option<&'static str>> {
+    let row = parse(number, line).map_err(|fault| fault.into_error(file, number))?;
+    Ok(row.map(|row| row.kind()))
+}
+
 const KINDS: &str = "`text`, or `prompt` and `completion`, or `messages`";
 
 fn row(mut map: Map<String, Value>) -> Result<Row, Fault> {

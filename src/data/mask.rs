@@ -194,7 +194,8 @@ fn with_stops(tok: &Tokenizer, text: &str, spans: &[Range<usize>]) -> Result<Tok
         let inside = |t: &(i32, Range<usize>)| overlaps(&t.1, span);
         let stop = tokens.iter().rposition(|t| inside(t) && tok.is_special(t.0 as u32));
         // Behind the stop token only a line end may follow; it is no target, as nothing reads it.
-        let stop = stop.filter(|&s| text[tokens[s].1.end..span.end].trim().is_empty());
+        let blank = |text: &str| text.trim().is_empty();
+        let stop = stop.filter(|&s| text.get(tokens[s].1.end..span.end).is_some_and(blank));
         let Some(stop) = stop else {
             let turn: String =
                 text[span.clone()].chars().rev().take(24).collect::<Vec<_>>().into_iter().rev().collect();

@@ -25,7 +25,7 @@ use crate::rng::{self, Stream};
 use jsonl::{Fault, Lines};
 
 pub use chat::{ChatTemplate, RenderOptions};
-pub use jsonl::MAX_LINE;
+pub use jsonl::{MAX_LINE, check_line};
 pub use pack::{Row, epoch_order, pack};
 pub use stats::{Cache, Quantiles, RowName, Stats, preview};
 pub use tokenizer::{Message, Tokenizer};

@@ -189,6 +189,67 @@ fn the_context_of_an_answer_is_the_prompt_it_would_be_asked_with() {
 }
 
 #[test]
+fn a_cut_prompt_ends_at_the_message_that_was_asked_though_others_read_alike() {
+    let tok = mistral("v0.3");
+    let turns = [("system", "a"), ("user", "a\n\n"), ("assistant", "b"), ("user", ""), ("assistant", "b")];
+    let docs = documents(&tok, &messages(&turns));
+    assert_eq!(docs.iter().map(|d| targets(&tok, d)).collect::<Vec<_>>(), [" b</s>", " b</s>"]);
+    assert_eq!(whole(&tok, &docs[1]), "<s>[INST] a\n\n[/INST] b</s>[INST] a\n\n[/INST] b</s>");
+}
+
+/// As SentencePiece models are stored: a space is "▁", one is put before each text, unknown characters become bytes.
+fn sentencepiece(template: &str) -> Tokenizer {
+    let edit = |tokenizer: &mut Value, config: &mut Value| {
+        let mut words =
+            vec!["<unk>".to_string(), "<s>".into(), "</s>".into(), "<|im_start|>".into(), "<|im_end|>".into()];
+        words.extend((0..=255).map(|b| format!("<0x{b:02X}>")));
+        words.extend(["▁", "t", "h", "e", "▁t", "he", "▁the"].map(String::from));
+        let vocab: serde_json::Map<_, _> = words.iter().enumerate().map(|(i, w)| (w.clone(), json!(i))).collect();
+        tokenizer["model"] = json!({"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": vocab,
+            "merges": [["▁", "t"], ["h", "e"], ["▁t", "he"]]});
+        tokenizer["pre_tokenizer"] = Value::Null;
+        tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
+        tokenizer["decoder"] = json!({"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]});
+        config["add_bos_token"] = json!(true);
+    };
+    edited(edit, Some(template)).unwrap()
+}
+
+#[test]
+fn targets_are_exact_with_sentencepiece_tokens() {
+    let template = |space: &str| {
+        format!(
+            "{{{{ bos_token }}}}{{% for m in messages %}}{{% if m.role == 'user' %}}[INST] {{{{ m.content }}}}[/INST]\
+                 {{% else %}}{space}{{{{ m.content }}}}</s>{{% endif %}}{{% endfor %}}"
+        )
+    };
+    let all = messages(&[("user", "the"), ("assistant", "the é the"), ("user", "日"), ("assistant", "日")]);
+    for space in ["", " "] {
+        let tok = sentencepiece(&template(space));
+        let docs = documents(&tok, &all);
+        assert_eq!(docs.len(), 1);
+        assert_eq!(targets(&tok, &docs[0]), format!("{space}the é the</s>{space}日</s>"));
+        assert_eq!(docs[0].ids.iter().filter(|&&t| t == 1).count(), 1);
+    }
+    // The answer after a special token: the space put before a text belongs to it.
+    let tok = sentencepiece("{% for m in messages %}{{ m.content }}</s>{% endfor %}");
+    let docs = documents(&tok, &messages(&[("user", "the"), ("assistant", "the")]));
+    assert_eq!(targets(&tok, &docs[0]), " the</s>");
+}
+
+#[test]
+fn ids_beyond_the_embedding_are_refused_wherever_they_are_written() {
+    let beyond = |tokenizer: &mut Value, _: &mut Value| {
+        tokenizer["post_processor"]["special_tokens"]["<s>"]["ids"] = json!([999])
+    };
+    let e = edited(beyond, None).unwrap_err().to_string();
+    assert!(e.contains("tokenizer.json: post_processor: found id 999, expected ids below 300"), "{e}");
+}
+
+#[test]
 fn a_generation_prompt_that_goes_on_differently_is_cut_where_they_part() {
     let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
                     {% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";

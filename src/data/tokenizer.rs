@@ -80,11 +80,16 @@ impl Tokenizer {
         }
         let broken = |e: tokenizers::Error| Error::input(&file, "a probe text", e.to_string(), "tokens");
         let (mut prefix, mut suffix) = surroundings(&inner).map_err(broken)?;
+        if let Some(id) = prefix.iter().chain(&suffix).find(|&&id| id as usize >= vocab_size) {
+            let expected = format!("ids below {vocab_size}, the rows of the model's embedding");
+            return Err(Error::input(&file, "post_processor", format!("id {id}"), expected));
+        }
         inner.with_truncation(None).map_err(broken)?;
         inner.with_padding(None);
         inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
 
-        let config = Config::read(dir)?;
+        let mut config = Config::read(dir)?;
+        config.generation_eos.retain(|&id| (id as usize) < vocab_size);
         let id = |name: &str| -> Result<Option<u32>> {
             let Some(Value::String(token)) = config.tokens.get(name) else { return Ok(None) };
             let found = || Error::input(&config.file, name, format!("{token:?}"), "a token of tokenizer.json");
@@ -122,7 +127,7 @@ impl Tokenizer {
         let closing = tok.closing_token();
         tok.stop.extend(closing);
         let mut seen = HashSet::new();
-        tok.stop.retain(|&t| (t as usize) < vocab_size && seen.insert(t));
+        tok.stop.retain(|&t| seen.insert(t));
         Ok(tok)
     }
 
