@@ -3,7 +3,6 @@
 //! A setting of PEFT that changes what the adapter computes, and that we do not run, is refused by name. Keys that only
 //! tell how the adapter was made are passed over; keys we have never seen are refused unless they are off.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -88,7 +87,7 @@ pub fn parse_config(file: &Path, text: &str) -> Result<LoraConfig> {
         }
     }
     Ok(LoraConfig {
-        r: rank(&keys, "r")?,
+        r: keys.size("r")?,
         lora_alpha: keys.number("lora_alpha")?,
         lora_dropout: dropout(&keys)?,
         target_modules: target_modules(&keys)?,
@@ -113,14 +112,6 @@ fn dropout(keys: &Keys) -> Result<f32> {
     }
 }
 
-/// A rank from 1 to 2^16: no model is wider, and sums over all modules of a model stay far from overflow.
-fn rank(keys: &Keys, key: &str) -> Result<usize> {
-    match keys.size(key)? {
-        r if r <= 1 << 16 => Ok(r),
-        r => Err(keys.fault(key, r.to_string(), "a rank from 1 to 65536")),
-    }
-}
-
 fn target_modules(keys: &Keys) -> Result<TargetModules> {
     match keys.get("target_modules") {
         Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => {
@@ -135,7 +126,7 @@ fn target_modules(keys: &Keys) -> Result<TargetModules> {
 fn rank_pattern(keys: &Keys) -> Result<Vec<(String, usize)>> {
     let Some(map) = keys.object("rank_pattern")? else { return Ok(Vec::new()) };
     let inner = Keys { file: keys.file, prefix: "rank_pattern.", map };
-    map.keys().map(|k| Ok((k.clone(), rank(&inner, k)?))).collect()
+    map.keys().map(|k| Ok((k.clone(), inner.size(k)?))).collect()
 }
 
 fn alpha_pattern(keys: &Keys) -> Result<Vec<(String, f64)>> {
@@ -173,39 +164,44 @@ fn in_file(path: &Path, error: Error) -> Error {
 
 fn read_weights(file: &SafeTensors, layout: &AdapterLayout, model: &ModelConfig) -> Result<Vec<f32>> {
     const OTHER: &str = "is it an adapter for another model?";
-    let mut found = BTreeMap::new();
+    let mut weights = vec![0.0f32; layout.len];
+    let mut wanted = std::collections::BTreeSet::new();
     for s in &layout.sites {
         for (which, shape, range) in [('A', [s.r, s.k], s.a_range()), ('B', [s.n, s.r], s.b_range())] {
             let name = s.peft_name(which);
-            let expected = || format!("shape {shape:?}, by {CONFIG} and the model; {OTHER}");
-            let fault = |found: String| Error::input(file.path(), format!("tensor {name}"), found, expected());
+            let fault =
+                |found: String, expected: String| Error::input(file.path(), format!("tensor {name}"), found, expected);
             if !file.contains(&name) {
-                return Err(fault("no such tensor".into()));
+                return Err(fault(
+                    "no such tensor".into(),
+                    format!("shape {shape:?}, by {CONFIG} and the model; {OTHER}"),
+                ));
             }
             let tensor = file.dense(&name)?;
             if tensor.shape != shape {
-                return Err(fault(format!("shape {:?}", tensor.shape)));
+                let expected = format!("shape {shape:?}, by {CONFIG} and the model; {OTHER}");
+                return Err(fault(format!("shape {:?}", tensor.shape), expected));
             }
-            found.insert(name, (tensor, range));
+            let out = &mut weights[range];
+            tensor.widen(0, out);
+            if let Some(i) = first_not_finite(&tensor) {
+                return Err(fault(format!("{} at index {i}", out[i]), "finite weights".into()));
+            }
+            wanted.insert(name);
         }
     }
-    if let Some(name) = file.names().find(|n| !found.contains_key(*n)) {
+    if let Some(name) = file.names().find(|n| !wanted.contains(*n)) {
+        let shape = &file.entry(name)?.shape;
         let expected = format!(
             "only LoRA tensors of the modules that {CONFIG} targets in a model of {} layers; {OTHER}",
             model.num_hidden_layers
         );
-        let shape = format!("an unknown tensor, shape {:?}", file.entry(name)?.shape);
-        return Err(Error::input(file.path(), format!("tensor {name}"), shape, expected));
-    }
-    // Every shape is that of a tensor in the file by now, so the sum of their sizes is no more than the file has.
-    let mut weights = vec![0.0f32; layout.len];
-    for (name, (tensor, range)) in found {
-        let out = &mut weights[range];
-        tensor.widen(0, out);
-        if let Some(i) = first_not_finite(&tensor) {
-            let found = format!("{} at index {i}", out[i]);
-            return Err(Error::input(file.path(), format!("tensor {name}"), found, "finite weights"));
-        }
+        return Err(Error::input(
+            file.path(),
+            format!("tensor {name}"),
+            format!("an unknown tensor, shape {shape:?}"),
+            expected,
+        ));
     }
     Ok(weights)
 }

@@ -42,7 +42,7 @@ pub fn prepare(config: &TrainConfig, resumes: bool) -> Result<()> {
         Some(path) => Err(Error::flag(
             "out",
             format!("a folder that holds a run ({})", path.display()),
-            "a new folder, or resume = true to continue that run, or overwrite_output_dir = true to replace it",
+            "a new folder, or --resume to continue that run, or --overwrite to replace it",
         )),
     }
 }

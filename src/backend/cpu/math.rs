@@ -23,7 +23,7 @@ pub fn exp(x: f32) -> f32 {
     // 1.5 * 2^23: adding it leaves round(x / ln 2) in the low bits of the sum.
     const MAGIC: f32 = 12_582_912.0;
     // ln 2 in two pieces; n times the first is exact.
-    const LN2_HI: f32 = 0.693_359_4;
+    const LN2_HI: f32 = 0.693_359_375;
     const LN2_LO: f32 = -2.121_944_4e-4;
     let t = x.mul_add(std::f32::consts::LOG2_E, MAGIC);
     let n = t - MAGIC;

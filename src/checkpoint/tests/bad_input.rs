@@ -10,7 +10,6 @@ use crate::checkpoint::{ModelDir, QuantConfig, config, peft};
 use crate::error::Error;
 use crate::model::{ModelConfig, WeightSource};
 use crate::nf4::QuantType;
-use crate::rng::{Stream, word};
 
 fn model(name: &str) -> ModelConfig {
     config::read(&fixture(name)).unwrap().model
@@ -268,7 +267,6 @@ fn adapter_settings_that_we_do_not_run_are_refused_by_name() {
         ("some_future_setting", json!({"on": true})),
         ("r", json!(0)),
         ("r", json!("8")),
-        ("r", json!(1 << 20)),
         ("lora_alpha", json!(null)),
         ("lora_dropout", json!(1.0)),
         ("target_modules", json!(null)),
@@ -312,38 +310,4 @@ fn a_nan_in_an_adapter_is_named() {
     data[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
     join(&file, &Value::Object(header).to_string(), &data);
     assert_input(peft::load(dir.path(), &model("tiny-mistral")), &[name, "NaN at index 3", "finite"]);
-}
-
-#[test]
-fn no_mutation_of_a_header_or_a_config_gets_past_the_checks_or_panics() {
-    let weights = std::fs::read(fixture("tiny-mistral-lora/adapter_init/adapter_model.safetensors")).unwrap();
-    let header = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
-    let config = std::fs::read_to_string(fixture("tiny-qwen2/config.json")).unwrap();
-    let adapter = std::fs::read_to_string(fixture("tiny-mistral-lora/adapter_init/adapter_config.json")).unwrap();
-    // Bytes that mean something in JSON, so that many mutants parse.
-    let replacements = b"0123456789-.,:[]{}\"eE x";
-    let draw = |i: u64, n: usize| (word(1, Stream::Init, 0, i) as usize) % n;
-    let mutate = |bytes: &mut [u8], range: std::ops::Range<usize>, seed: u64| {
-        for i in 0..1 + draw(4 * seed, 3) as u64 {
-            let at = range.start + draw(1000 + 8 * seed + 2 * i, range.len());
-            bytes[at] = replacements[draw(1001 + 8 * seed + 2 * i, replacements.len())];
-        }
-    };
-    for seed in 0..3000 {
-        let mut bytes = weights.clone();
-        mutate(&mut bytes, 0..8 + header, seed);
-        if let Ok(h) = parse("w".as_ref(), &bytes) {
-            let sum: usize = h.entries.values().map(|e| e.range.len()).sum();
-            assert_eq!(sum, bytes.len() - 8 - header, "mutant {seed}");
-        }
-        let mut text = config.clone().into_bytes();
-        mutate(&mut text, 0..config.len(), seed);
-        if let Ok(c) = config::parse("c".as_ref(), &String::from_utf8(text).unwrap()) {
-            assert_eq!(c.model.windows.len(), c.model.num_hidden_layers);
-            assert_eq!(c.model.num_attention_heads % c.model.num_key_value_heads, 0);
-        }
-        let mut text = adapter.clone().into_bytes();
-        mutate(&mut text, 0..adapter.len(), seed);
-        let _ = peft::parse_config("a".as_ref(), &String::from_utf8(text).unwrap());
-    }
 }
