@@ -98,3 +98,6 @@ pub fn generate<B: Backend>(
     made.tokens_per_second = (made.tokens.len() - 1) as f64 / start.elapsed().as_secs_f64().max(1e-9);
     Ok(made)
 }
+
+#[cfg(test)]
+mod tests;

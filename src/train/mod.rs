@@ -11,6 +11,7 @@ pub mod resume;
 mod run;
 pub mod schedule;
 mod setup;
+pub mod tensorboard;
 pub mod ui;
 pub mod validate;
 

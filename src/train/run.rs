@@ -10,6 +10,7 @@ use super::metrics::{self, EvalRow, MetricsFile, TrainRow};
 use super::resume::{self, Best, TrainerState};
 use super::schedule::Schedule;
 use super::setup::{self, Data};
+use super::tensorboard::EventWriter;
 use super::ui::{StepReport, Ui};
 use super::validate::{Every, resolve};
 use super::{checkpoints, optimizer};
@@ -100,11 +101,13 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
     }
     let metrics = MetricsFile::open(&config.out, checkpoint.is_some().then_some(step))?;
     let schedule = Schedule::new(config, total)?;
+    let tensorboard = config.report_to.iter().any(|name| name == "tensorboard");
     let trainer = Trainer {
         saved_step: checkpoint.is_some().then_some(step),
         adapter,
         backend,
         batch,
+        board: tensorboard.then(|| EventWriter::new(&config.out)).transpose()?,
         checkpoint,
         config,
         data: &data,
@@ -174,6 +177,7 @@ struct Trainer<'a, B: Backend> {
     adapter: HostAdapter,
     backend: &'a mut B,
     batch: Batch<B>,
+    board: Option<EventWriter>,
     /// The newest checkpoint, and its step if this run wrote or loaded it.
     checkpoint: Option<PathBuf>,
     saved_step: Option<u64>,
@@ -335,6 +339,18 @@ impl<B: Backend> Trainer<'_, B> {
             memory_peak,
         };
         self.metrics.append(&row)?;
+        if let Some(board) = &mut self.board {
+            board.scalars(
+                step,
+                &[
+                    ("train/loss", row.loss),
+                    ("train/grad_norm", row.grad_norm.into()),
+                    ("train/learning_rate", row.learning_rate),
+                    ("train/epoch", epoch),
+                    ("train/tokens_per_second", tokens_per_second),
+                ],
+            )?;
+        }
         self.ui.train_row(&row, &report);
         (self.state.loss_sum, self.state.loss_steps, self.window) = (0.0, 0, (0, 0.0));
         Ok(())
@@ -392,6 +408,9 @@ impl<B: Backend> Trainer<'_, B> {
             eval_runtime: start.elapsed().as_secs_f64(),
         };
         self.metrics.append(&row)?;
+        if let Some(board) = &mut self.board {
+            board.scalars(self.step, &[("eval/loss", e.loss), ("eval/perplexity", e.perplexity)])?;
+        }
         self.ui.eval_row(&row);
         self.eval = Some(e);
         Ok(Go::On)
