@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::QuantConfig;
 use super::config::{self, Bnb4bit, ConfigFile};
-use super::json::{Keys, existing, read_object, shorten};
+use super::json::{Keys, existing, parse_object, read_text, shorten};
 use super::names::{self, Role, Weight};
 use super::safetensors_file::{SafeTensors, dense_dtype};
 use crate::error::{Error, Result};
@@ -292,37 +292,48 @@ fn open_files(dir: &Path) -> Result<Files> {
         let found = if pickled.is_some() { "pickled weights (pytorch_model.bin)" } else { "no weights" };
         return Err(Error::input(dir, "folder", found, "model.safetensors or model.safetensors.index.json"));
     };
-    let map = read_object(&index)?;
-    let keys = Keys { file: &index, prefix: "", map: &map };
-    let weight_map = keys.object("weight_map")?;
-    let weight_map =
-        weight_map.ok_or_else(|| keys.fault("weight_map", "no such key", "tensor names with their files"))?;
     let (mut files, mut opened, mut place) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
-    for (name, value) in weight_map {
-        let fault = |found: String, expected: &str| Error::input(&index, format!("tensor {name}"), found, expected);
-        let shard = value.as_str().ok_or_else(|| fault(shorten(value), "the name of a file"))?;
-        if !matches!(Path::new(shard).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
-            return Err(fault(format!("file {shard:?}"), "the name of a file in the same folder"));
-        }
-        let i = match opened.get(shard) {
+    for (name, shard) in parse_index(&index, &read_text(&index)?)? {
+        let i = match opened.get(&shard) {
             Some(&i) => i,
             None => {
-                let path = dir.join(shard);
+                let path = dir.join(&shard);
                 if !path.exists() {
-                    return Err(fault(format!("file {shard:?}, which is missing"), "a file in the same folder"));
+                    let found = format!("file {shard:?}, which is missing");
+                    return Err(Error::input(&index, format!("tensor {name}"), found, "a file in the same folder"));
                 }
                 files.push(SafeTensors::open(&path)?);
                 opened.insert(shard, files.len() - 1);
                 files.len() - 1
             }
         };
-        if !files[i].contains(name) {
+        if !files[i].contains(&name) {
             let expected = format!("the tensor that {} says is here", index.display());
             return Err(Error::input(files[i].path(), format!("tensor {name}"), "no such tensor", expected));
         }
-        place.insert(name.clone(), i);
+        place.insert(name, i);
     }
     Ok((index, files, place))
+}
+
+/// Tensor names with the shards that hold them, of the text of a model.safetensors.index.json; `file` only names it in
+/// errors. Errors: malformed, no weight_map, a shard that is not the name of a file in the same folder.
+pub fn parse_index(file: &Path, text: &str) -> Result<Vec<(String, String)>> {
+    let map = parse_object(file, text)?;
+    let keys = Keys { file, prefix: "", map: &map };
+    let weight_map = keys.object("weight_map")?;
+    let weight_map =
+        weight_map.ok_or_else(|| keys.fault("weight_map", "no such key", "tensor names with their files"))?;
+    let mut places = Vec::with_capacity(weight_map.len());
+    for (name, value) in weight_map {
+        let fault = |found: String, expected: &str| Error::input(file, format!("tensor {name}"), found, expected);
+        let shard = value.as_str().ok_or_else(|| fault(shorten(value), "the name of a file"))?;
+        if !matches!(Path::new(shard).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
+            return Err(fault(format!("file {shard:?}"), "the name of a file in the same folder"));
+        }
+        places.push((name.clone(), shard.to_owned()));
+    }
+    Ok(places)
 }
 
 /// The index of the first NaN or infinity. All cores look: reading the file is the limit.
