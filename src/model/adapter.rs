@@ -184,3 +184,100 @@ impl LoraConfig {
         Ok((rank, alpha))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::tests::tiny;
+
+    fn config(target_modules: TargetModules) -> LoraConfig {
+        LoraConfig {
+            r: 8,
+            lora_alpha: 16.0,
+            lora_dropout: 0.0,
+            target_modules,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            use_rslora: false,
+        }
+    }
+
+    fn list(names: &[&str]) -> TargetModules {
+        TargetModules::List(names.iter().map(|s| (*s).to_string()).collect())
+    }
+
+    fn modules(layout: &AdapterLayout) -> Vec<String> {
+        layout.sites.iter().map(|s| s.proj.module(s.layer)).collect()
+    }
+
+    #[test]
+    fn a_list_matches_whole_names_and_endings_after_a_dot() {
+        let layout = AdapterLayout::new(&config(list(&["q_proj", "layers.1.mlp.up_proj"])), &tiny()).unwrap();
+        assert_eq!(
+            modules(&layout),
+            ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+        );
+    }
+
+    #[test]
+    fn a_regex_must_match_the_whole_name() {
+        let pattern = |p: &str| AdapterLayout::new(&config(TargetModules::Pattern(p.into())), &tiny());
+        assert_eq!(modules(&pattern(r".*layers\.0.*v_proj").unwrap()), ["model.layers.0.self_attn.v_proj"]);
+        assert!(pattern("v_proj").is_err(), "an ending alone is no full match");
+        assert_eq!(pattern("(").unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn all_linear_takes_every_projection_and_leaves_no_gap() {
+        let layout = AdapterLayout::new(&config(TargetModules::Pattern("all-linear".into())), &tiny()).unwrap();
+        assert_eq!(layout.sites.len(), 14);
+        let mut end = 0;
+        for s in &layout.sites {
+            assert_eq!(s.a_range(), end..end + s.r * s.k);
+            assert_eq!(s.b_range(), s.a_range().end..s.a_range().end + s.n * s.r);
+            end = s.b_range().end;
+        }
+        assert_eq!(layout.len, end);
+    }
+
+    #[test]
+    fn patterns_give_ranks_and_alphas_of_their_own() {
+        let mut c = config(list(&["q_proj", "v_proj"]));
+        c.rank_pattern = vec![("layers.1.self_attn.q_proj".into(), 4), ("^model.layers.0.self_attn.v_proj".into(), 2)];
+        c.alpha_pattern = vec![("v_proj".into(), 32.0)];
+        let layout = AdapterLayout::new(&c, &tiny()).unwrap();
+        let seen: Vec<_> = layout.sites.iter().map(|s| (s.layer, s.proj, s.r, s.scale)).collect();
+        assert_eq!(seen, [(0, Proj::Q, 8, 2.0), (0, Proj::V, 2, 16.0), (1, Proj::Q, 4, 4.0), (1, Proj::V, 8, 4.0)]);
+    }
+
+    #[test]
+    fn rslora_divides_by_the_root_of_the_rank() {
+        let mut c = config(list(&["q_proj"]));
+        (c.r, c.use_rslora) = (16, true);
+        assert_eq!(AdapterLayout::new(&c, &tiny()).unwrap().sites[0].scale, 4.0);
+    }
+
+    #[test]
+    fn unknown_targets_and_rank_zero_are_errors() {
+        for names in [&["lm_head"][..], &["q_proj", "typo_proj"], &[]] {
+            assert_eq!(AdapterLayout::new(&config(list(names)), &tiny()).unwrap_err().exit_code(), 2, "{names:?}");
+        }
+        let mut c = config(list(&["q_proj"]));
+        c.r = 0;
+        assert_eq!(AdapterLayout::new(&c, &tiny()).unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn a_fresh_adapter_has_bounded_a_and_zero_b_and_depends_on_the_seed_alone() {
+        let init = |seed| HostAdapter::init(config(list(&["q_proj", "down_proj"])), &tiny(), seed).unwrap();
+        let (one, again, other) = (init(1), init(1), init(2));
+        assert_eq!(one, again);
+        assert_ne!(one.weights, other.weights);
+        for s in &one.layout.sites {
+            let bound = 1.0 / (s.k as f32).sqrt();
+            let a = &one.weights[s.a_range()];
+            assert!(a.iter().all(|w| w.abs() <= bound) && a.iter().any(|w| w.abs() > 0.9 * bound));
+            assert!(one.weights[s.b_range()].iter().all(|&w| w == 0.0));
+        }
+    }
+}

@@ -148,3 +148,63 @@ impl ModelConfig {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Two layers, grouped queries, a head size that is not C / H.
+    pub(crate) fn tiny() -> ModelConfig {
+        ModelConfig {
+            family: Family::Mistral,
+            hidden_size: 24,
+            intermediate_size: 40,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 8,
+            vocab_size: 50,
+            max_position_embeddings: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10000.0,
+            rope_scaling: RopeScaling::Default,
+            windows: vec![None, None],
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            tie_word_embeddings: false,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            pad_token_id: None,
+        }
+    }
+
+    #[test]
+    fn frequencies_fall_from_one_by_the_root_of_theta() {
+        let f = tiny().inv_freq();
+        assert_eq!(f.len(), 4);
+        for (f, want) in f.iter().zip([1.0, 0.1, 0.01, 0.001]) {
+            assert!((f / want - 1.0).abs() < 1e-6, "{f} against {want}");
+        }
+    }
+
+    /// Llama 3.1's own settings: the fastest frequencies stay, the slowest are divided by 8, none rises.
+    #[test]
+    fn llama3_scaling_keeps_fast_frequencies_and_divides_slow_ones() {
+        let mut c = tiny();
+        (c.head_dim, c.rope_theta) = (128, 500_000.0);
+        let base = c.inv_freq();
+        c.rope_scaling = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+        let scaled = c.inv_freq();
+        assert_eq!(scaled[0], base[0]);
+        assert_eq!(scaled[63], base[63] / 8.0);
+        assert!(scaled.windows(2).all(|w| w[1] < w[0]), "still falling");
+        assert!(scaled.iter().zip(&base).all(|(s, b)| s <= b && *s >= b / 8.0));
+    }
+}
