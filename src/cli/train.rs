@@ -56,7 +56,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     }
     let mut out = Out::new();
     let steps = outcome.step;
-    let speed = outcome.tokens as f64 / outcome.seconds.max(1e-9);
+    let speed = outcome.tokens_per_second;
     put!(out, "{steps} steps, {} tokens, {speed:.0} tok/s", output::grouped(outcome.tokens))?;
     if let Some(e) = outcome.eval {
         put!(out, "held-out loss {:.4}, perplexity {:.2}", e.loss, e.perplexity)?;

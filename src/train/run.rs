@@ -36,8 +36,8 @@ pub struct Outcome {
     pub best: Option<Best>,
     /// Input tokens since step 1.
     pub tokens: u64,
-    /// Seconds this process spent in optimizer steps.
-    pub seconds: f64,
+    /// Of the optimizer steps of this process.
+    pub tokens_per_second: f64,
 }
 
 /// Trains as `config` says and leaves adapter, checkpoints and metrics.jsonl in `config.out`.
@@ -122,6 +122,7 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
         state,
         step,
         steps_here: 0,
+        tokens_here: 0,
         ui,
         window: (0, 0.0),
     };
@@ -190,9 +191,10 @@ struct Trainer<'a, B: Backend> {
     optimizer: B::Optimizer,
     order: DataOrder,
     schedule: Schedule,
-    /// Seconds and steps of this process.
+    /// Seconds, steps and tokens of this process.
     seconds: f64,
     steps_here: u64,
+    tokens_here: u64,
     state: TrainerState,
     /// Optimizer steps done.
     step: u64,
@@ -231,7 +233,7 @@ impl<B: Backend> Trainer<'_, B> {
             eval: self.eval,
             best: self.state.best,
             tokens: self.state.tokens,
-            seconds: self.seconds,
+            tokens_per_second: self.tokens_here as f64 / self.seconds.max(1e-9),
         }
     }
 
@@ -305,6 +307,7 @@ impl<B: Backend> Trainer<'_, B> {
         let seconds = start.elapsed().as_secs_f64();
         self.step += 1;
         self.steps_here += 1;
+        self.tokens_here += tokens;
         self.seconds += seconds;
         self.window = (self.window.0 + tokens, self.window.1 + seconds);
         self.last = Last { loss, grad_norm, learning_rate };
