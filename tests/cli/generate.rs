@@ -65,6 +65,6 @@ fn bad_input_is_named() {
     generate(&args!["--model", place.model(), "--adapter", other]).fails(2, &["another model"]);
     generate(&args!["--model", place.model(), "--device", "cuda"]).fails(2, &["--device cuda", "not available"]);
     let mut c = command(args!["generate", "--model", place.model()]);
-    c.stdin(Stdio::from(std::fs::File::open(place.write("bad", b"\xff\xfe".to_vec())).expect("a file")));
+    c.stdin(Stdio::from(std::fs::File::open(place.write("bad", b"\xff\xfe")).expect("a file")));
     crate::finish(c).fails(2, &["standard input", "UTF-8"]);
 }

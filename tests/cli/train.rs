@@ -88,7 +88,7 @@ fn a_value_of_the_wrong_type_or_range_names_line_found_and_expected() {
 fn a_run_file_that_is_not_toml_or_not_there() {
     let place = Place::empty();
     halfbyte(args!["train", place.write("run.toml", "a = 1\nr = = 3\n")]).fails(2, &["run.toml", "line 2"]);
-    halfbyte(args!["train", place.write("bin.toml", b"\xff\xfe".to_vec())]).fails(2, &["bin.toml", "UTF-8"]);
+    halfbyte(args!["train", place.write("bin.toml", b"\xff\xfe")]).fails(2, &["bin.toml", "UTF-8"]);
     halfbyte(args!["train", place.path("none.toml")]).fails(2, &["none.toml", "No such file"]);
     halfbyte(args!["train", place.path("")]).fails(2, &["cannot read"]);
     let twice = place.write("twice.toml", "r = 1\nlora_r = 2\n");
@@ -143,7 +143,7 @@ fn an_out_that_holds_something_is_refused() {
     train(&place, "run", &["--resume", "--r", "3"]).fails(2, &["--r", "found 3", "in the run that is resumed"]);
     let file = place.write("a-file", "");
     let (model, data) = (place.model(), place.data());
-    halfbyte(args!["train", "--model", model, "--data", data, "--out", file]).fails(2, &["--out", "a-file"]);
+    halfbyte(args!["train", "--model", model, "--data", data, "--out", file]).fails(1, &["a-file"]);
 }
 
 #[test]
