@@ -152,7 +152,11 @@ fn probe_tokens(base: &ModelDir) -> Vec<i32> {
 }
 
 fn compare(a: &[f32], b: &[f32], rows: usize) -> Probe {
-    let diff = |(x, y): (&f32, &f32)| (f64::from(*x) - f64::from(*y)).abs();
+    // f64::max passes over NaN, which must not look like no difference.
+    let diff = |(x, y): (&f32, &f32)| match (f64::from(*x) - f64::from(*y)).abs() {
+        d if d.is_nan() => f64::INFINITY,
+        d => d,
+    };
     let width = a.len() / rows.max(1);
     let argmax = |row: &[f32]| (0..row.len()).max_by(|&i, &j| row[i].total_cmp(&row[j]));
     let pairs = a.chunks(width.max(1)).zip(b.chunks(width.max(1)));
@@ -162,5 +166,18 @@ fn compare(a: &[f32], b: &[f32], rows: usize) -> Probe {
         mean: a.iter().zip(b).map(diff).sum::<f64>() / a.len().max(1) as f64,
         scale: a.iter().map(|x| f64::from(x.abs())).fold(0.0, f64::max),
         same_argmax: pairs.filter(|(x, y)| argmax(x) == argmax(y)).count(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_of_all_logits_and_a_nan_is_the_largest() {
+        let p = compare(&[1.0, 2.0, -4.0, 0.0], &[1.0, 2.5, -4.0, 1.0], 2);
+        assert_eq!((p.max, p.mean, p.scale, p.same_argmax), (1.0, 0.375, 4.0, 2));
+        assert_eq!(compare(&[1.0, 2.0], &[2.0, 1.0], 1).same_argmax, 0);
+        assert_eq!(compare(&[1.0, 2.0], &[f32::NAN, 2.0], 1).max, f64::INFINITY);
     }
 }

@@ -38,11 +38,13 @@ fn arg(key: &'static Key, default: Option<&Value>) -> Arg {
         Some(Value::String(s)) if s.is_empty() => {}
         Some(Value::Array(a)) if a.is_empty() => {}
         Some(Value::Table(t)) if t.is_empty() => {}
+        // Some are f32: as f64 they would show digits that nobody wrote.
+        Some(Value::Float(f)) => help.push_str(&format!(" [default: {}]", *f as f32)),
         Some(v) => help.push_str(&format!(" [default: {}]", v.to_string().trim_matches('"'))),
     }
     let arg = Arg::new(key.name)
         .long(kebab(key.name))
-        .aliases(key.aliases.iter().map(|a| kebab(a)))
+        .visible_aliases(key.aliases.iter().map(|a| kebab(a)))
         .aliases(key.aliases.iter().filter(|a| a.contains('_')).copied())
         .help(help)
         .value_parser(clap::value_parser!(OsString));

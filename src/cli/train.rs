@@ -18,7 +18,7 @@ use super::term_ui::TermUi;
 #[command(after_help = "Examples:
   halfbyte train run.toml
   halfbyte train run.toml --learning-rate 1e-4 --out run2
-  halfbyte train --model SmolLM2-135M-Instruct --data chat.jsonl --out run1 --max-length 512 --num-train-epochs 1
+  halfbyte train --model SmolLM2-135M-Instruct --data chat.jsonl --out run1 --max-steps 100
   halfbyte train run.toml --resume
 
 A run file holds one key = value a line, with the names of the flags in snake case:
@@ -26,10 +26,11 @@ A run file holds one key = value a line, with the names of the flags in snake ca
   data = \"chat.jsonl\"
   out = \"run1\"
   learning_rate = 2e-4
-A flag overrides the file. Relative paths are relative to the working directory, in the file too.
+A flag overrides the file. A relative path is relative to the working directory, in the
+file too.
 
---out gets the PEFT adapter, checkpoint-N and metrics.jsonl. Ctrl-C saves a checkpoint and ends the run; --resume
-goes on from there.")]
+--out gets the PEFT adapter, checkpoint-N and metrics.jsonl. Ctrl-C saves a checkpoint and ends the run;
+--resume goes on from there.")]
 pub struct TrainArgs {
     /// Run file: TOML with the keys below
     #[arg(value_name = "RUN.TOML")]

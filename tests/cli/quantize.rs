@@ -4,7 +4,7 @@ use std::fs;
 
 use halfbyte::checkpoint::SafeTensors;
 
-use crate::{Place, args, fixtures, halfbyte};
+use crate::{Place, args, finish, fixtures, halfbyte};
 
 #[test]
 fn tiny_mistral_becomes_what_transformers_and_bitsandbytes_write() {
@@ -78,4 +78,18 @@ fn an_unwritable_folder_is_exit_code_1_and_leaves_nothing() {
     // /proc takes no new folder from anyone, root included.
     let run = halfbyte(args!["quantize", "--model", place.model(), "--out", "/proc/halfbyte-out"]);
     run.fails(1, &["/proc"]);
+}
+
+#[test]
+fn a_full_disk_is_exit_code_1_and_leaves_nothing() {
+    let place = Place::with("tiny-mistral");
+    let adapter = place.adapter();
+    for (command, more) in [("quantize", vec![]), ("merge", args!["--adapter", adapter].to_vec())] {
+        // No file may grow beyond 16 blocks of 512 bytes: writing fails as on a full disk.
+        let mut c = std::process::Command::new("sh");
+        c.args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_halfbyte"), command]);
+        c.args(args!["--model", place.model(), "--out", place.path("o")]).args(more);
+        finish(c).fails(1, &["model.safetensors", "cannot write"]);
+        assert_eq!(place.names(""), ["model"], "{command}");
+    }
 }
