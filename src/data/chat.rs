@@ -54,7 +54,11 @@ impl ChatTemplate {
         });
         env.add_filter("tojson", tojson);
         env.add_filter("trim", |v: Value, chars: Option<&str>| strip(&v.to_string(), chars, true, true).to_string());
-        let compiled = GENERATION.replace_all(source, |c: &regex::Captures<'_>| {
+        // None is not iterable in Python; templates tell "no tools" by that.
+        env.add_test("iterable", |v: &Value| v.as_str().is_some() || (!v.is_none() && v.try_iter().is_ok()));
+        // Jinja2 reads every line end as "\n".
+        let lines = source.replace("\r\n", "\n").replace('\r', "\n");
+        let compiled = GENERATION.replace_all(&lines, |c: &regex::Captures<'_>| {
             let tag = if &c[2] == "generation" { "if true" } else { "endif" };
             format!("{{%{} {tag} {}%}}", &c[1], &c[3])
         });
@@ -314,6 +318,12 @@ mod tests {
         assert_eq!(t.render(&[], &RenderOptions::default()), Err("no narrators (line 2 of the template)".into()));
         let broken = ChatTemplate::new("{% if %}", Map::new(), clock).unwrap_err();
         assert!(broken.contains("syntax error"), "{broken}");
+    }
+
+    #[test]
+    fn line_ends_of_the_template_are_read_as_jinja2_reads_them() {
+        let crlf = template("a\r\n{% if true %}\r\n{{ 'b\r\nc' }}\r\n{% endif %}\r\nd\re\r\n");
+        assert_eq!(crlf.render(&[], &RenderOptions::default()).unwrap(), "a\nb\nc\nd\ne");
     }
 
     #[test]

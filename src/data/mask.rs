@@ -66,23 +66,57 @@ fn chat(tok: &Tokenizer, messages: &[Message], tools: &Value, first: Option<usiz
     };
     let mut turns = Vec::new();
     for i in (first..messages.len()).filter(|&i| messages[i].role == "assistant") {
-        turns.push((i, renderer.turn(messages, i)?));
+        turns.push(renderer.turn(messages, i)?);
     }
-    let nested = turns.iter().all(|(_, t)| !t.spliced && text.starts_with(&t.text));
-    if nested {
-        let spans: Vec<Range<usize>> = turns.iter().map(|(_, t)| t.start..t.text.len()).collect();
-        return Ok(vec![with_stops(tok, &text, &spans)?]);
+    match documents(tok, text.clone(), &turns) {
+        Err(Unstopped::Open(_)) => {}
+        Ok(documents) => return Ok(documents),
+        Err(Unstopped::Fault(fault)) => return Err(fault),
     }
-    turns.iter().map(|(_, t)| with_stops(tok, &t.text, std::slice::from_ref(&(t.start..t.text.len())))).collect()
+    // Some templates close an answer only once something follows it.
+    for turn in &mut turns {
+        renderer.close(messages, turn)?;
+    }
+    documents(tok, text, &turns).map_err(|e| match e {
+        Unstopped::Fault(fault) => fault,
+        Unstopped::Open(end) => Fault::new(
+            format!("an answer that ends in {end:?}"),
+            "a chat template that closes an answer with a special token such as eos_token, so that the model learns to stop",
+        ),
+    })
+}
+
+/// Why a conversation did not become tokens.
+enum Unstopped {
+    /// No stop token after an answer that ends so.
+    Open(String),
+    Fault(Fault),
+}
+
+/// One document of all turns if their renderings nest, else one a turn. `text` is the rendering of all messages.
+fn documents(tok: &Tokenizer, mut text: String, turns: &[Turn]) -> Result<Vec<Tokens>, Unstopped> {
+    if let Some(last) = turns.last().filter(|t| t.text.starts_with(&text)) {
+        text.clone_from(&last.text);
+    }
+    if turns.iter().all(|t| !t.spliced && text.starts_with(&t.text)) {
+        return Ok(vec![with_stops(tok, &text, turns)?]);
+    }
+    turns.iter().map(|t| with_stops(tok, &t.text, std::slice::from_ref(t))).collect()
 }
 
 /// The conversation up to an answer.
 struct Turn {
+    /// Number of the message.
+    index: usize,
     text: String,
     /// Where the answer starts in `text`.
     start: usize,
+    /// Where its content ends and what the template puts behind it begins.
+    content_end: usize,
     /// The context is not what the template writes once the answer is there, but the prompt it was generated from.
     spliced: bool,
+    /// Calls stand between content and stop token, with special tokens of their own.
+    calls_tools: bool,
 }
 
 struct Renderer<'a> {
@@ -99,28 +133,41 @@ impl Renderer<'_> {
     /// Message `i` as the difference of two renderings.
     fn turn(&self, messages: &[Message], i: usize) -> Result<Turn, Fault> {
         let text = self.render(&messages[..=i], false)?;
+        let content = self.content(&text, messages, i)?;
+        let calls_tools = messages[i].extra.contains_key("tool_calls");
+        let whole = |text: String, start: usize| {
+            let content_end = content.end.max(start);
+            Turn { index: i, text, start, content_end, spliced: false, calls_tools }
+        };
         if i == 0 {
             // Before the first message there may be nothing that a template could render.
             let prompt = self.render(&[], true).ok().filter(|p| text.starts_with(p));
-            let start = prompt.map_or_else(|| self.content_start(&text, messages, i), |p| Ok(p.len()))?;
-            return Ok(Turn { text, start, spliced: false });
+            return Ok(whole(text, prompt.map_or(content.start, |p| p.len())));
         }
         let prompt = self.render(&messages[..i], true)?;
         if text.starts_with(&prompt) {
-            return Ok(Turn { text, start: prompt.len(), spliced: false });
+            return Ok(whole(text, prompt.len()));
         }
-        let content = self.content_start(&text, messages, i)?;
         let before = self.render(&messages[..i], false).unwrap_or_default();
         if !before.is_empty() && text.starts_with(&before) {
-            // The generation prompt itself goes on differently (an opened <think>): the answer starts where they part.
-            let start = common_prefix(&text, &prompt).min(content);
-            return Ok(Turn { text, start, spliced: false });
+            // The generation prompt is written otherwise: with other white space, or it goes on (an opened <think>).
+            let header = prompt.strip_prefix(&before).unwrap_or_default().trim();
+            let start = match text[before.len()..content.start.max(before.len())].rfind(header) {
+                Some(at) if !header.is_empty() => {
+                    let end = before.len() + at + header.len();
+                    let space = &prompt[prompt.trim_end().len()..];
+                    end + common_prefix(&text[end..], space)
+                }
+                _ => common_prefix(&text, &prompt).min(content.start),
+            };
+            return Ok(whole(text, start));
         }
         // The context changed once the answer came. Its end still reads the same: cut there.
         let asked = messages[i - 1].content.trim();
-        if let Some(at) = cut_behind_prompt(&text[..content], &prompt, asked) {
+        if let Some(at) = cut_behind_prompt(&text[..content.start], &prompt, asked) {
             let start = prompt.len();
-            return Ok(Turn { text: prompt + &text[at..], start, spliced: true });
+            let content_end = start + content.end.saturating_sub(at);
+            return Ok(Turn { text: prompt + &text[at..], start, content_end, spliced: true, ..whole(text, start) });
         }
         Err(Fault::at(
             format!("messages[{i}]"),
@@ -129,15 +176,35 @@ impl Renderer<'_> {
         ))
     }
 
-    /// Where the content of message `i` starts in `text`, the rendering of messages ..=i: the first byte that changes
-    /// with it.
-    fn content_start(&self, text: &str, messages: &[Message], i: usize) -> Result<usize, Fault> {
+    /// Where the content of message `i` stands in `text`, the rendering of messages ..=i: what changes with it.
+    fn content(&self, text: &str, messages: &[Message], i: usize) -> Result<Range<usize>, Fault> {
         let mut other = messages[..=i].to_vec();
-        // A first letter that the answer does not have, and no white space that a template could trim.
-        let letter = if messages[i].content.trim_start().starts_with('x') { "y" } else { "x" };
+        // Begins and ends otherwise than the answer, and with nothing that a template could trim.
+        let own = messages[i].content.trim();
+        let letter = ["x", "y", "z"].into_iter().find(|l| !own.starts_with(l) && !own.ends_with(l)).unwrap_or("x");
         other[i].content = letter.into();
         other[i].extra.remove("content");
-        Ok(common_prefix(text, &self.render(&other, false)?))
+        let other = self.render(&other, false)?;
+        let start = common_prefix(text, &other);
+        let same: usize = (text[start..].chars().rev().zip(other[start..].chars().rev()))
+            .take_while(|(x, y)| x == y)
+            .map(|(x, _)| x.len_utf8())
+            .sum();
+        Ok(start..text.len() - same)
+    }
+
+    /// Lays behind an answer what the template puts there when a question follows, up to its first special token.
+    fn close(&self, messages: &[Message], turn: &mut Turn) -> Result<(), Fault> {
+        let mut longer = messages[..=turn.index].to_vec();
+        longer.push(Message::new("user", "x"));
+        let Ok(longer) = self.render(&longer, false) else { return Ok(()) };
+        let Some(rest) = longer.strip_prefix(&turn.text) else { return Ok(()) };
+        let tokens = self.tok.encode_spans(rest).map_err(|e| Fault::new(e, "text that the tokenizer can encode"))?;
+        let stop = tokens.iter().find(|t| self.tok.is_special(t.0));
+        if let Some((_, span)) = stop.filter(|t| rest[..t.1.start].trim().is_empty()) {
+            turn.text.push_str(&rest[..span.end]);
+        }
+        Ok(())
     }
 }
 
@@ -186,23 +253,28 @@ fn encode_spans(tok: &Tokenizer, text: &str) -> Result<(Spans, Vec<i32>), Fault>
     Ok((tokens.into_iter().map(|(id, span)| (id as i32, span)).collect(), added))
 }
 
-/// Encodes a conversation. The targets of a turn run from its span's start to the stop token that closes it.
-fn with_stops(tok: &Tokenizer, text: &str, spans: &[Range<usize>]) -> Result<Tokens, Fault> {
-    let (tokens, added) = encode_spans(tok, text)?;
+/// Encodes a conversation. The targets of a turn run from its start to the stop token that closes it.
+fn with_stops(tok: &Tokenizer, text: &str, turns: &[Turn]) -> Result<Tokens, Unstopped> {
+    let (tokens, added) = encode_spans(tok, text).map_err(Unstopped::Fault)?;
     let mut is_target = vec![false; added.len() + tokens.len()];
-    for span in spans {
-        let inside = |t: &(i32, Range<usize>)| overlaps(&t.1, span);
-        let stop = tokens.iter().rposition(|t| inside(t) && tok.is_special(t.0 as u32));
-        // Behind the stop token only a line end may follow; it is no target, as nothing reads it.
-        let blank = |text: &str| text.trim().is_empty();
-        let stop = stop.filter(|&s| text.get(tokens[s].1.end..span.end).is_some_and(blank));
+    for turn in turns {
+        let span = turn.start..turn.text.len();
+        let inside = |t: &(i32, Range<usize>)| overlaps(&t.1, &span);
+        let behind = |t: &(i32, Range<usize>)| inside(t) && t.1.start >= turn.content_end;
+        let special = |t: &(i32, Range<usize>)| tok.is_special(t.0 as u32);
+        // What the model declares to end its answers; else the first special token, as no answer holds one, or the
+        // last where calls do. What the template puts behind it (a line end, the next header) nothing reads.
+        let stop =
+            tokens.iter().position(|t| behind(t) && tok.declared_stops().contains(&(t.0 as u32))).or_else(|| {
+                if turn.calls_tools {
+                    tokens.iter().rposition(|t| inside(t) && special(t))
+                } else {
+                    tokens.iter().position(|t| behind(t) && special(t))
+                }
+            });
         let Some(stop) = stop else {
-            let turn: String =
-                text[span.clone()].chars().rev().take(24).collect::<Vec<_>>().into_iter().rev().collect();
-            return Err(Fault::new(
-                format!("an answer that ends in {turn:?}"),
-                "a chat template that closes an answer with a special token such as eos_token, so that the model learns to stop",
-            ));
+            let tail = text[span].char_indices().rev().take(24).last().map_or(0, |(at, _)| at);
+            return Err(Unstopped::Open(text[turn.start + tail..turn.text.len()].to_string()));
         };
         for (at, token) in tokens.iter().enumerate().take(stop + 1) {
             let place = added.len() + at;

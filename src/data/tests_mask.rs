@@ -261,6 +261,59 @@ fn a_generation_prompt_that_goes_on_differently_is_cut_where_they_part() {
     }
 }
 
+/// Targets of two answers, by template. EOS of the tokenizer is </s>.
+fn two_answers(template: &str, more: &[&str]) -> Vec<String> {
+    let tok = with_template(template, None, "</s>", more).unwrap();
+    let all = messages(&[("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]);
+    documents(&tok, &all).iter().map(|d| targets(&tok, d)).collect()
+}
+
+#[test]
+fn an_answer_that_is_closed_once_something_follows_is_closed() {
+    let last_open = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last or add_generation_prompt %}\
+                     <|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    assert_eq!(two_answers(last_open, &[]), ["two<|im_end|>four<|im_end|>"]);
+    let by_next_role = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}";
+    assert_eq!(two_answers(by_next_role, &["<|user|>", "<|assistant|>"]), ["two<|user|>four<|user|>"]);
+}
+
+#[test]
+fn a_header_behind_the_stop_token_is_no_target() {
+    let always_asking = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{{ '<|im_start|>assistant\n' }}";
+    assert_eq!(two_answers(always_asking, &[]), ["two<|im_end|>", "four<|im_end|>"]);
+}
+
+#[test]
+fn a_declared_stop_token_comes_before_other_special_tokens() {
+    let wrapped = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|END|><|im_end|></s>\n{% endfor %}\
+                   {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    assert_eq!(two_answers(wrapped, &["<|END|>"]), ["two<|END|><|im_end|></s>four<|END|><|im_end|></s>"]);
+}
+
+#[test]
+fn a_generation_prompt_with_other_white_space_is_no_target() {
+    let spaced = "{% for m in messages %}\n\n### {{ m.role }}:\n{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}\n### assistant:\n{% endif %}";
+    assert_eq!(two_answers(spaced, &[]), ["two</s>four</s>"]);
+}
+
+#[test]
+fn a_call_of_a_tool_counts_to_its_stop_token() {
+    let tok = model("mistral-v0.3", Some("<s>"), "</s>", &["[INST]", "[/INST]", "[TOOL_CALLS]"]);
+    let mut all = messages(&[("user", "a"), ("assistant", "")]);
+    all[1].extra.insert("content".into(), Value::Null);
+    all[1].extra.insert("tool_calls".into(), json!([{"id": "abcdef123", "function": {"name": "f", "arguments": {}}}]));
+    let said = targets(&tok, &documents(&tok, &all)[0]);
+    assert_eq!(said, "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {}, \"id\": \"abcdef123\"}]</s>");
+}
+
+#[test]
+fn an_answer_that_reads_like_its_stop_token_counts_whole() {
+    for answer in ["end", "im_end|>", "<|im_end|>", "a</s>b", "x y z"] {
+        let docs = documents(&tiny(), &messages(&[("user", "a"), ("assistant", answer)]));
+        assert_eq!(targets(&tiny(), &docs[0]), format!("{answer}<|im_end|>"));
+    }
+}
+
 #[test]
 fn an_answer_before_any_question_counts() {
     for tok in [smollm2(), qwen("2.5"), llama("3")] {

@@ -45,6 +45,8 @@ pub struct Tokenizer {
     bos: Option<u32>,
     eos: Option<u32>,
     pad: Option<u32>,
+    /// EOS and those of generation_config.json.
+    declared: Vec<u32>,
     stop: Vec<u32>,
     /// Where the template was found, and the template or why it does not compile; None: there is none.
     chat: Option<(PathBuf, Result<ChatTemplate, String>)>,
@@ -121,9 +123,11 @@ impl Tokenizer {
         let chat = config.template.as_ref().map(|(path, source)| (path.clone(), compile(source)));
         let tool_chat = config.tool_template.as_ref().map(compile);
         let fingerprint = hash.finalize().into();
-        let stop = eos.into_iter().chain(config.generation_eos.iter().copied()).collect();
+        let declared: Vec<u32> = eos.into_iter().chain(config.generation_eos.iter().copied()).collect();
+        let stop = declared.clone();
         let dir = dir.to_path_buf();
-        let mut tok = Self { inner, dir, prefix, suffix, special, bos, eos, pad, stop, chat, tool_chat, fingerprint };
+        let mut tok =
+            Self { inner, dir, prefix, suffix, special, bos, eos, pad, declared, stop, chat, tool_chat, fingerprint };
         let closing = tok.closing_token();
         tok.stop.extend(closing);
         let mut seen = HashSet::new();
@@ -173,6 +177,11 @@ impl Tokenizer {
     /// Tokens that end a turn: EOS, those of generation_config.json, and what the template puts after an answer.
     pub fn stop_ids(&self) -> Vec<u32> {
         self.stop.clone()
+    }
+
+    /// The stop tokens that the files name, without what the template was found to use.
+    pub(super) fn declared_stops(&self) -> &[u32] {
+        &self.declared
     }
 
     pub fn bos_id(&self) -> Option<u32> {
