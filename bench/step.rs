@@ -44,11 +44,20 @@ fn smollm2() -> ModelConfig {
 /// Random weights of the right shapes; projections in NF4 with double quantisation, the embedding in f32.
 struct RandomWeights {
     config: ModelConfig,
+    /// One run of random numbers in ±0.05, repeated as often as a matrix needs: only the speed matters here.
+    values: Vec<f32>,
 }
 
-fn random(n: usize, scale: f32) -> Vec<f32> {
-    let unit = |i| (word(1, Stream::Init, 0, i) >> 8) as f32 / (1 << 23) as f32 - 1.0;
-    (0..n as u64).map(|i| unit(i) * scale).collect()
+impl RandomWeights {
+    fn new(config: &ModelConfig) -> Self {
+        let unit = |i| (word(1, Stream::Init, 0, i) >> 8) as f32 / (1 << 23) as f32 - 1.0;
+        Self { config: config.clone(), values: (0..100_003).map(|i| 0.05 * unit(i)).collect() }
+    }
+
+    fn dense(&self, n: usize, k: usize) -> HostTensor {
+        let values: Vec<f32> = self.values.iter().copied().cycle().take(n * k).collect();
+        HostTensor::from_f32(vec![n, k], &values)
+    }
 }
 
 impl WeightSource for RandomWeights {
@@ -64,13 +73,12 @@ impl WeightSource for RandomWeights {
     fn matrix(&mut self, name: &str) -> Result<HostMatrix> {
         let (v, c) = (self.config.vocab_size, self.config.hidden_size);
         if name.contains("embed_tokens") {
-            return Ok(HostMatrix::Dense(HostTensor::from_f32(vec![v, c], &random(v * c, 0.05))));
+            return Ok(HostMatrix::Dense(self.dense(v, c)));
         }
         let proj = Proj::ALL.into_iter().find(|p| name.contains(p.short_name()));
         let proj = proj.ok_or_else(|| Error::input("random weights", name, "an unknown matrix", "a projection"))?;
         let (n, k) = self.config.dims(proj);
-        let dense = HostTensor::from_f32(vec![n, k], &random(n * k, 0.05));
-        Ok(HostMatrix::Quantized(quantize(&dense, QuantType::Nf4, true)))
+        Ok(HostMatrix::Quantized(quantize(&self.dense(n, k), QuantType::Nf4, true)))
     }
 }
 
@@ -109,7 +117,7 @@ fn main() -> Result<()> {
     let mut cpu = Cpu::new(None);
     println!("{}; SmolLM2-135M shape, NF4, r=16 on 7 projections, {t} tokens a step", cpu.describe());
     let options = ModelOptions { max_tokens: t, train: true, gradient_checkpointing: false };
-    let mut source = RandomWeights { config: config.clone() };
+    let mut source = RandomWeights::new(&config);
     let mut model = Model::load(&mut cpu, &config, &mut source, Some(&adapter), options, &mut |_| {})?;
     let mut state = cpu.new_optimizer(OptimKind::AdamwTorch, &adapter.weights)?;
     let ids: Vec<i32> = (0..t).map(|i| (i * 7919 % config.vocab_size) as i32).collect();

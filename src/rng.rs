@@ -15,7 +15,8 @@ pub enum Stream {
     Split = 5,
 }
 
-/// Four 32-bit words for `counter` under `key`.
+/// Four 32-bit words for `counter` under `key`. Inlined, so that loops over counters become vector code.
+#[inline(always)]
 pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for round in 0..10 {
         if round > 0 {

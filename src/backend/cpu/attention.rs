@@ -7,7 +7,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Into, Mat, MatMut, Threads, gemm};
+use super::gemm::{Mat, MatMut, Threads, Write, gemm};
 use super::math::{dot, exp, exp_sum, max, simd};
 use super::{Cpu, Scratch, at_least, check_heads, check_sequences, grown, rows_per_task, with_tile};
 use crate::backend::{AttentionBackward, AttentionForward, Heads};
@@ -65,7 +65,7 @@ impl View<'_> {
         let (first, keys) = tile.keys(heads);
         let q = Mat::rows(&self.q[tile.row * self.q_stride..], self.q_stride);
         let k = Mat::rows(&self.k[first * self.kv_stride..], self.kv_stride);
-        gemm(Threads::One, (tile.rows, keys, heads.d), heads.scale(), q, k.t(), Into::Set, MatMut::rows(scores, keys));
+        gemm(Threads::One, (tile.rows, keys, heads.d), heads.scale(), q, k.t(), Write::Set, MatMut::rows(scores, keys));
     }
 
     /// o (rows, D) = softmax(scores) v, lse (rows). `scores` is scratch of [`Tile::scores`] elements.
@@ -84,13 +84,15 @@ impl View<'_> {
                     let sum = exp_sum(&mut row[from..to], top);
                     *lse = top + sum.ln();
                     let factor = 1.0 / sum;
-                    row[from..to].iter_mut().for_each(|p| *p *= factor);
+                    for p in &mut row[from..to] {
+                        *p *= factor;
+                    }
                 }
             },
         );
         let v = Mat::rows(&self.v[first * self.kv_stride..], self.kv_stride);
         let p = Mat::rows(scores, keys);
-        gemm(Threads::One, (tile.rows, heads.d, keys), 1.0, p, v, Into::Set, MatMut::rows(o, heads.d));
+        gemm(Threads::One, (tile.rows, heads.d, keys), 1.0, p, v, Write::Set, MatMut::rows(o, heads.d));
     }
 }
 
@@ -249,7 +251,7 @@ fn head_backward(view: View, heads: Heads, d_o: &[f32], o: &[f32], lse: &[f32], 
 
         view.scores(tile, heads, p);
         // dp, where ds will be
-        gemm(Threads::One, (rows, keys, d), 1.0, d_o, v.t(), Into::Set, MatMut::rows(ds, keys));
+        gemm(Threads::One, (rows, keys, d), 1.0, d_o, v.t(), Write::Set, MatMut::rows(ds, keys));
         simd(
             #[inline(always)]
             || {
@@ -268,8 +270,8 @@ fn head_backward(view: View, heads: Heads, d_o: &[f32], o: &[f32], lse: &[f32], 
             },
         );
         let (p, ds) = (Mat::rows(p, keys), Mat::rows(ds, keys));
-        gemm(Threads::One, (keys, d, rows), 1.0, p.t(), d_o, Into::Add, MatMut::rows(&mut dv[at_keys.clone()], d));
-        gemm(Threads::One, (rows, d, keys), 1.0, ds, k, Into::Set, MatMut::rows(&mut dq[pos * d..], d));
-        gemm(Threads::One, (keys, d, rows), 1.0, ds.t(), q, Into::Add, MatMut::rows(&mut dk[at_keys], d));
+        gemm(Threads::One, (keys, d, rows), 1.0, p.t(), d_o, Write::Add, MatMut::rows(&mut dv[at_keys.clone()], d));
+        gemm(Threads::One, (rows, d, keys), 1.0, ds, k, Write::Set, MatMut::rows(&mut dq[pos * d..], d));
+        gemm(Threads::One, (keys, d, rows), 1.0, ds.t(), q, Write::Add, MatMut::rows(&mut dk[at_keys], d));
     }
 }

@@ -49,7 +49,7 @@ pub enum Threads {
 
 /// What happens to the old content of the output.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Into {
+pub enum Write {
     /// c = : it may be anything, NaN too.
     Set,
     /// c +=
@@ -63,7 +63,7 @@ pub fn gemm(
     alpha: f32,
     a: Mat<'_>,
     b: Mat<'_>,
-    into: Into,
+    write: Write,
     c: MatMut<'_>,
 ) {
     let inside = |rows: usize, cols: usize, rs: usize, cs: usize, len: usize| {
@@ -76,7 +76,7 @@ pub fn gemm(
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(0),
     };
-    let add = into == Into::Add;
+    let add = write == Write::Add;
     // SAFETY: every element that the three (sizes, strides) reach lies inside its slice (asserted above); `c` is
     // borrowed exclusively, so it overlaps neither `a` nor `b`. With read_dst false the old content of c is not read.
     unsafe {

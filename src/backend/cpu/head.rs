@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Into, Mat, MatMut, Threads, gemm};
+use super::gemm::{Mat, MatMut, Threads, Write, gemm};
 use super::math::{exp_sum, max, simd};
 use super::{Cpu, Scratch, at_least, exactly, grown};
 use crate::backend::{Embedding, HeadLogits, HeadLoss};
@@ -41,10 +41,15 @@ fn row_loss(z: &mut [f32], id: usize, scale: f32, gradient: bool) -> f64 {
         || {
             let target = z[id];
             let top = max(z);
-            let sum: f64 = z.chunks_mut(1024).map(|z| f64::from(exp_sum(z, top))).sum();
+            let mut sum = 0.0f64;
+            for z in z.chunks_mut(1024) {
+                sum += f64::from(exp_sum(z, top));
+            }
             if gradient {
                 let factor = (f64::from(scale) / sum) as f32;
-                z.iter_mut().for_each(|z| *z *= factor);
+                for z in z.iter_mut() {
+                    *z *= factor;
+                }
                 z[id] -= scale;
             }
             sum.ln() + f64::from(top) - f64::from(target)
@@ -62,7 +67,7 @@ fn logits_of(weights: &mut Vec<f32>, z: &mut [f32], x: &[f32], head: &super::Mat
         let slice = grown(weights, rows * c);
         head.widen(row..row + rows, slice);
         let out = MatMut::rows(&mut z[row..], v);
-        gemm(Threads::All, (m, rows, c), 1.0, Mat::rows(x, c), Mat::rows(slice, c).t(), Into::Set, out);
+        gemm(Threads::All, (m, rows, c), 1.0, Mat::rows(x, c), Mat::rows(slice, c).t(), Write::Set, out);
     }
 }
 
@@ -124,7 +129,7 @@ pub(super) fn loss(s: &mut Scratch, a: HeadLoss<Cpu>) -> Result<()> {
             let rows = step.min(v - row);
             let slice = grown(&mut s.weights, rows * c);
             head.widen(row..row + rows, slice);
-            let into = if row == 0 { Into::Set } else { Into::Add };
+            let into = if row == 0 { Write::Set } else { Write::Add };
             let (z, out) = (Mat::rows(&z[row..], v), MatMut::rows(d_rows, c));
             gemm(Threads::All, (count, c, rows), 1.0, z, Mat::rows(slice, c), into, out);
         }

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Into, Mat, MatMut, Threads, gemm};
+use super::gemm::{Mat, MatMut, Threads, Write, gemm};
 use super::math::{dot, simd};
 use super::{Cpu, Matrix, Scratch, TASK, at_least, exactly, grown, with_tile};
 use crate::backend::{Dropout, Linear, LinearBackward, LinearForward, Lora};
@@ -51,41 +51,62 @@ fn pack_a<'a>(packed: &'a mut Vec<f32>, w: &Linear<Cpu>, lora: &[f32]) -> &'a mu
     packed
 }
 
-/// Calls `f(i, kept)` for element i of each chunk of a flat (T, K) tensor, four to a Philox block.
+/// Elements whose masks are made together: 16 Philox blocks of four, side by side in vector registers.
+const MASKS: usize = 64;
+
+/// What the elements `start .. start + 64` of a flat (T, K) tensor are multiplied by: 1 where kept, else 0.
 #[inline(always)]
-fn for_each_mask(d: Dropout, site: u32, start: usize, len: usize, mut f: impl FnMut(usize, bool)) {
+fn masks(d: Dropout, site: u32, start: usize) -> [f32; MASKS] {
     debug_assert!(start.is_multiple_of(4));
     let key = [d.seed as u32, (d.seed >> 32) as u32];
     let first = ((u64::from(d.step) << 32) + start as u64) / 4;
-    for block in 0..len.div_ceil(4) {
+    let mut out = [0.0; MASKS];
+    for (block, out) in out.chunks_exact_mut(4).enumerate() {
         let counter = first + block as u64;
         let words = philox([counter as u32, (counter >> 32) as u32, site, Stream::Dropout as u32], key);
-        for (j, word) in words.into_iter().enumerate().take(len - 4 * block) {
-            f(4 * block + j, (word >> 8) as f32 * (1.0 / (1 << 24) as f32) >= d.p);
+        for (out, word) in out.iter_mut().zip(words) {
+            let uniform = (word >> 8) as i32 as f32 * (1.0 / (1 << 24) as f32);
+            *out = if uniform >= d.p { 1.0 } else { 0.0 };
         }
     }
+    out
 }
 
 /// out = dropout(x)
 fn drop_into(out: &mut [f32], x: &[f32], d: Dropout, site: u32) {
     out.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).enumerate().for_each(|(task, (out, x))| {
-        for_each_mask(d, site, task * TASK, x.len(), |i, kept| out[i] = if kept { x[i] / (1.0 - d.p) } else { 0.0 });
+        simd(
+            #[inline(always)]
+            || {
+                for (i, (out, x)) in out.chunks_mut(MASKS).zip(x.chunks(MASKS)).enumerate() {
+                    let masks = masks(d, site, task * TASK + i * MASKS);
+                    for ((out, x), mask) in out.iter_mut().zip(x).zip(masks) {
+                        *out = if mask > 0.0 { x / (1.0 - d.p) } else { 0.0 };
+                    }
+                }
+            },
+        );
     });
 }
 
 /// dx += dropout'(g), and g = dropout(x), with one mask for both.
 fn drop_back(dx: Option<&mut [f32]>, g: &mut [f32], x: &[f32], d: Dropout, site: u32) {
-    let tasks = g.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).enumerate();
     let Some(dx) = dx else { return drop_into(g, x, d, site) };
-    tasks.zip(dx.par_chunks_mut(TASK)).for_each(|((task, (g, x)), dx)| {
-        for_each_mask(d, site, task * TASK, x.len(), |i, kept| {
-            let through = g[i];
-            g[i] = 0.0;
-            if kept {
-                dx[i] += through / (1.0 - d.p);
-                g[i] = x[i] / (1.0 - d.p);
-            }
-        });
+    let tasks = g.par_chunks_mut(TASK).zip(x.par_chunks(TASK)).zip(dx.par_chunks_mut(TASK)).enumerate();
+    tasks.for_each(|(task, ((g, x), dx))| {
+        simd(
+            #[inline(always)]
+            || {
+                let chunks = g.chunks_mut(MASKS).zip(x.chunks(MASKS)).zip(dx.chunks_mut(MASKS));
+                for (i, ((g, x), dx)) in chunks.enumerate() {
+                    let masks = masks(d, site, task * TASK + i * MASKS);
+                    for (((g, x), dx), mask) in g.iter_mut().zip(x).zip(dx).zip(masks) {
+                        *dx += if mask > 0.0 { *g / (1.0 - d.p) } else { 0.0 };
+                        *g = if mask > 0.0 { x / (1.0 - d.p) } else { 0.0 };
+                    }
+                }
+            },
+        );
     });
 }
 
@@ -130,7 +151,7 @@ pub(super) fn forward(s: &mut Scratch, a: LinearForward<Cpu>) -> Result<()> {
                 let slice = grown(&mut s.weights, rows * k);
                 part.w.widen(row..row + rows, slice);
                 let out = MatMut::rows(&mut y[col + row..], n);
-                gemm(Threads::All, (t, rows, k), 1.0, Mat::rows(x, k), Mat::rows(slice, k).t(), Into::Set, out);
+                gemm(Threads::All, (t, rows, k), 1.0, Mat::rows(x, k), Mat::rows(slice, k).t(), Write::Set, out);
             }
         }
         col += part.n;
@@ -143,7 +164,7 @@ pub(super) fn forward(s: &mut Scratch, a: LinearForward<Cpu>) -> Result<()> {
             None => {
                 let packed = pack_a(&mut s.lora_a, w, lora);
                 let out = MatMut::rows(h, r);
-                gemm(Threads::All, (t, r, k), 1.0, Mat::rows(x, k), Mat::rows(packed, k).t(), Into::Set, out);
+                gemm(Threads::All, (t, r, k), 1.0, Mat::rows(x, k), Mat::rows(packed, k).t(), Write::Set, out);
             }
             Some(d) => {
                 for (_, at, _, l) in adapted(w) {
@@ -151,14 +172,14 @@ pub(super) fn forward(s: &mut Scratch, a: LinearForward<Cpu>) -> Result<()> {
                     drop_into(dropped, x, d, l.site);
                     let a_t = Mat::rows(&lora[l.a..], k).t();
                     let out = MatMut::rows(&mut h[at..], r);
-                    gemm(Threads::All, (t, l.r, k), 1.0, Mat::rows(dropped, k), a_t, Into::Set, out);
+                    gemm(Threads::All, (t, l.r, k), 1.0, Mat::rows(dropped, k), a_t, Write::Set, out);
                 }
             }
         }
         for (col, at, n_part, l) in adapted(w) {
             let b_t = Mat::rows(&lora[l.b..], l.r).t();
             let out = MatMut::rows(&mut y[col..], n);
-            gemm(Threads::All, (t, n_part, l.r), l.scale, Mat::rows(&h[at..], r), b_t, Into::Add, out);
+            gemm(Threads::All, (t, n_part, l.r), l.scale, Mat::rows(&h[at..], r), b_t, Write::Add, out);
         }
     }
 
@@ -193,7 +214,7 @@ pub(super) fn backward(s: &mut Scratch, a: LinearBackward<Cpu>) -> Result<()> {
     let mut dx = a.dx.map(|dx| &mut dx[..t * k]);
 
     if let Some(dx) = dx.as_deref_mut() {
-        let (mut col, mut into) = (0, Into::Set);
+        let (mut col, mut into) = (0, Write::Set);
         for part in &w.parts {
             let step = part.w.slice_rows();
             for row in (0..part.n).step_by(step) {
@@ -202,7 +223,7 @@ pub(super) fn backward(s: &mut Scratch, a: LinearBackward<Cpu>) -> Result<()> {
                 part.w.widen(row..row + rows, slice);
                 let (dy, out) = (Mat::rows(&dy[col + row..], n), MatMut::rows(dx, k));
                 gemm(Threads::All, (t, k, rows), 1.0, dy, Mat::rows(slice, k), into, out);
-                into = Into::Add;
+                into = Write::Add;
             }
             col += part.n;
         }
@@ -215,20 +236,20 @@ pub(super) fn backward(s: &mut Scratch, a: LinearBackward<Cpu>) -> Result<()> {
     for (col, at, n_part, l) in adapted(w) {
         let dy = Mat::rows(&dy[col..], n);
         let out = MatMut::rows(&mut dh[at..], r);
-        gemm(Threads::All, (t, l.r, n_part), l.scale, dy, Mat::rows(&a.lora[l.b..], l.r), Into::Set, out);
+        gemm(Threads::All, (t, l.r, n_part), l.scale, dy, Mat::rows(&a.lora[l.b..], l.r), Write::Set, out);
         let d_b = MatMut::rows(&mut d_lora[l.b..l.b + n_part * l.r], l.r);
-        gemm(Threads::All, (n_part, l.r, t), l.scale, dy.t(), Mat::rows(&h[at..], r), Into::Add, d_b);
+        gemm(Threads::All, (n_part, l.r, t), l.scale, dy.t(), Mat::rows(&h[at..], r), Write::Add, d_b);
     }
     match a.dropout.filter(|d| d.p > 0.0) {
         None => {
             let packed = pack_a(&mut s.lora_a, w, a.lora);
             if let Some(dx) = dx {
                 let out = MatMut::rows(dx, k);
-                gemm(Threads::All, (t, k, r), 1.0, Mat::rows(dh, r), Mat::rows(packed, k), Into::Add, out);
+                gemm(Threads::All, (t, k, r), 1.0, Mat::rows(dh, r), Mat::rows(packed, k), Write::Add, out);
             }
             let d_a = grown(&mut s.d_lora_a, r * k);
             let out = MatMut::rows(d_a, k);
-            gemm(Threads::All, (r, k, t), 1.0, Mat::rows(dh, r).t(), Mat::rows(x, k), Into::Set, out);
+            gemm(Threads::All, (r, k, t), 1.0, Mat::rows(dh, r).t(), Mat::rows(x, k), Write::Set, out);
             for (_, at, _, l) in adapted(w) {
                 let sum = d_lora[l.a..l.a + l.r * k].iter_mut();
                 sum.zip(&d_a[at * k..]).for_each(|(sum, d)| *sum += d);
@@ -240,11 +261,11 @@ pub(super) fn backward(s: &mut Scratch, a: LinearBackward<Cpu>) -> Result<()> {
                 let dropped = grown(&mut s.dropped, t * k);
                 if dx.is_some() {
                     let through = MatMut::rows(dropped, k);
-                    gemm(Threads::All, (t, k, l.r), 1.0, dh, Mat::rows(&a.lora[l.a..], k), Into::Set, through);
+                    gemm(Threads::All, (t, k, l.r), 1.0, dh, Mat::rows(&a.lora[l.a..], k), Write::Set, through);
                 }
                 drop_back(dx.as_deref_mut(), dropped, x, d, l.site);
                 let d_a = MatMut::rows(&mut d_lora[l.a..l.a + l.r * k], k);
-                gemm(Threads::All, (l.r, k, t), 1.0, dh.t(), Mat::rows(dropped, k), Into::Add, d_a);
+                gemm(Threads::All, (l.r, k, t), 1.0, dh.t(), Mat::rows(dropped, k), Write::Add, d_a);
             }
         }
     }

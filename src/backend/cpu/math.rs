@@ -9,7 +9,7 @@ use pulp::Arch;
 pub const LANES: usize = 32;
 
 /// Runs `f` compiled for the widest vectors of this machine. Write `simd(#[inline(always)] || ...)`: what is not
-/// inlined into `f` is compiled for the baseline.
+/// inlined into `f` is compiled for the baseline. So inside it: `for` loops, and no closures for iterators to call.
 #[inline(always)]
 pub fn simd<R>(f: impl FnOnce() -> R) -> R {
     Arch::new().dispatch(f)
@@ -130,7 +130,11 @@ pub fn max(a: &[f32]) -> f32 {
     for (m, x) in acc.iter_mut().zip(rest) {
         *m = pick(*m, *x);
     }
-    acc.into_iter().fold(f32::NEG_INFINITY, pick)
+    let mut top = acc[0];
+    for m in &acc[1..] {
+        top = pick(top, *m);
+    }
+    top
 }
 
 /// x = e^(x - shift) in place; returns the sum.

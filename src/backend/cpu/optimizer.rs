@@ -16,7 +16,13 @@ pub(super) fn grad_norm(s: &mut Scratch, norm: &mut [f32], grads: &[f32]) -> Res
     sums.par_iter_mut().zip(grads.par_chunks(TASK)).for_each(|(sum, g)| {
         *sum = simd(
             #[inline(always)]
-            || g.chunks(RUN).map(|g| f64::from(dot(g, g))).sum(),
+            || {
+                let mut sum = 0.0f64;
+                for g in g.chunks(RUN) {
+                    sum += f64::from(dot(g, g));
+                }
+                sum
+            },
         );
     });
     norm[0] = sums.iter().sum::<f64>().sqrt() as f32;

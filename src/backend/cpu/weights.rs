@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::math::simd;
 use crate::error::{Error, Result};
 use crate::nf4::{BLOCK, Quantized};
-use crate::tensor::{HostMatrix, HostTensor};
+use crate::tensor::{Dtype, HostMatrix, HostTensor};
 
 /// Elements that are widened at a time: 4 MB of f32, which stay in the last-level cache until they are multiplied. Small in
 /// unit tests, which so cross its border.
@@ -62,6 +63,17 @@ impl Matrix {
     /// Elements `start .. start + out.len()` in f32, by this thread.
     pub(super) fn widen_range(&self, start: usize, out: &mut [f32]) {
         match &self.data {
+            Data::Dense(t) if t.dtype == Dtype::Bf16 => {
+                let bytes = &t.bytes()[2 * start..2 * (start + out.len())];
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (out, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                            *out = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+                        }
+                    },
+                );
+            }
             Data::Dense(t) => t.widen(start, out),
             Data::Quantized { q, absmax } => q.dequantize_range_with(absmax, start, out),
         }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::backend::cpu::gemm::{Into, Mat, MatMut, Threads, gemm};
+use crate::backend::cpu::gemm::{Mat, MatMut, Threads, Write, gemm};
 use crate::backend::cpu::math;
 use crate::backend::{
     HeadNormBackward, HeadNormForward, Heads, RmsNormBackward, RmsNormForward, Rope, SwigluBackward, SwigluForward,
@@ -57,14 +57,14 @@ fn gemm_multiplies_any_layout_and_ignores_what_the_output_held() {
             let (va, vb) = (if ta { va.t() } else { va }, if tb { vb.t() } else { vb });
             for threads in [Threads::One, Threads::All] {
                 let mut c = vec![f32::NAN; m * n];
-                gemm(threads, (m, n, k), 0.5, va, vb, Into::Set, MatMut::rows(&mut c, n));
+                gemm(threads, (m, n, k), 0.5, va, vb, Write::Set, MatMut::rows(&mut c, n));
                 let product = |i: usize, j: usize| (0..k).map(|l| at(i, l) * bt(l, j)).sum::<f64>() * 0.5;
                 let want: Vec<f64> = (0..m * n).map(|e| product(e / n, e % n)).collect();
                 let same = |c: &[f32], factor: f64| {
                     c.iter().zip(&want).all(|(c, w)| (f64::from(*c) - factor * w).abs() < 1e-4)
                 };
                 assert!(same(&c, 1.0), "{m} {n} {k} {ta} {tb}");
-                gemm(threads, (m, n, k), 0.5, va, vb, Into::Add, MatMut::rows(&mut c, n));
+                gemm(threads, (m, n, k), 0.5, va, vb, Write::Add, MatMut::rows(&mut c, n));
                 assert!(same(&c, 2.0), "add: {m} {n} {k} {ta} {tb}");
             }
         }

@@ -243,3 +243,37 @@ fn wrong_sizes_name_op_and_argument() {
     let vector = HostMatrix::Dense(HostTensor::from_f32(vec![3], &[0.0; 3]));
     assert_shape_error(cpu.upload(&vector).map(|_| ()), "upload", "w (dimensions)");
 }
+
+#[test]
+fn dropout_keeps_its_place_over_the_borders_of_tasks() {
+    let mut cpu = cpu();
+    let (t, k) = (70, 301);
+    let g = group(&mut cpu, k, &[Part { n: 2, r: 1, bias: false, kind: Kind::Nf4 }]);
+    let dropout = Some(Dropout { p: 0.25, seed: 3, step: 1 });
+    let (x, dy, h_in) = (random(1, t * k), random(2, t * 2), vec![0.0; t]);
+    let (mut y, mut h) = (poisoned(t * 2), poisoned(t));
+    let w = &g.linear;
+    cpu.linear_forward(LinearForward { y: &mut y, h: &mut h, x: &x, w, lora: Some(&g.lora), t, dropout }).unwrap();
+    let lora = wide(&g.lora);
+    assert_close("h", &h, &naive(&g, &wide(&x), Some(&lora), t, dropout).1, 1e-6);
+
+    let (mut dx, mut d_lora, mut dh) = (poisoned(t * k), vec![0.0; g.lora.len()], poisoned(t));
+    let (dx_out, d_lora, dh, lora_in) = (Some(&mut dx), &mut d_lora, &mut dh, &g.lora);
+    let (dy, x, h) = (&dy, &x, &h_in);
+    cpu.linear_backward(LinearBackward { dx: dx_out, d_lora, dh, dy, x, h, w, lora: lora_in, t, dropout }).unwrap();
+    // y is linear in x, so dx is a difference of two values at any distance.
+    for element in [0, 63, 64, 16_383, 16_384, 16_385, t * k - 1] {
+        let at = |v: f64| {
+            let mut x = wide(x);
+            x[element] = v;
+            let row = element / k;
+            weighted(&naive(&g, &x[row * k..][..k], None, 1, None).0, &dy[2 * row..])
+        };
+        let kept = dropped(&vec![1.0; t * k], dropout, 7)[element];
+        let l = g.linear.parts[0].lora.as_ref().unwrap();
+        let dy = &dy[element / k * 2..];
+        let dh: f64 = (0..2).map(|j| f64::from(dy[j]) * lora[l.b + j]).sum::<f64>() * f64::from(l.scale);
+        let want = at(1.0) - at(0.0) + dh * lora[l.a + element % k] * kept;
+        assert!((f64::from(dx[element]) - want).abs() < 1e-5, "dx at {element}: {} {want}", dx[element]);
+    }
+}

@@ -106,3 +106,16 @@ fn moves_keep_bits_and_leave_the_rest_alone() {
     assert_shape_error(cpu.read_f32(&x, &mut [0.0; 6]), "read_f32", "src");
     assert_eq!(cpu.describe(), "CPU (2 threads)");
 }
+
+#[test]
+fn times_count_the_calls_of_each_op_until_reset() {
+    let mut cpu = cpu();
+    let (mut norm, grads) = (vec![0.0], vec![1.0; 4]);
+    for _ in 0..3 {
+        cpu.grad_norm(&mut norm, &grads).unwrap();
+    }
+    let counts: Vec<_> = cpu.times().iter().map(|t| (t.op, t.calls)).collect();
+    assert_eq!(counts, [("grad_norm", 3)]);
+    cpu.reset_times();
+    assert!(cpu.times().is_empty());
+}
