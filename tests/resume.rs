@@ -543,6 +543,6 @@ fn an_output_folder_that_cannot_be_made_is_named() {
     let place = Place::new();
     fs::write(place.path("file"), "").unwrap();
     let (status, text) = wait(spawn(&place.config("file"), ""));
-    assert_eq!(status.code(), Some(1), "{text}");
+    assert_eq!(status.code(), Some(2), "{text}");
     assert!(text.contains(&place.path("file").display().to_string()), "{text}");
 }

@@ -37,7 +37,8 @@ impl Ui for TermUi {
 
     fn work(&mut self, label: &str, unit: &'static str, done: u64, total: u64) {
         if self.work.as_ref().is_none_or(|w| w.0 != label) {
-            self.work = Some((label.into(), Progress::new(label, Unit::Count(unit))));
+            let unit = if unit == "bytes" { Unit::Bytes } else { Unit::Count(unit) };
+            self.work = Some((label.into(), Progress::new(label, unit)));
         }
         if let Some((_, progress)) = &mut self.work {
             progress.set(done, total);
@@ -55,14 +56,13 @@ impl Ui for TermUi {
 
     fn step(&mut self, r: &StepReport) {
         let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::with_draw_target(Some(r.total), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {msg}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
-            bar
+            let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len}  {msg}");
+            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ");
+            ProgressBar::with_draw_target(Some(r.total), ProgressDrawTarget::stderr()).with_style(style)
         });
-        bar.set_position(r.step);
         let (speed, left) = (r.tokens_per_second, duration(r.seconds_left));
         bar.set_message(format!("epoch {:.2}  loss {:.4}  {speed:.0} tok/s  {left} left", r.epoch, r.loss));
+        bar.set_position(r.step);
     }
 
     fn train_row(&mut self, row: &TrainRow, report: &StepReport) {

@@ -4,9 +4,9 @@ use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
 use clap::Args;
-use halfbyte::Result;
 use halfbyte::train::ui::{PlainUi, Ui};
 use halfbyte::train::{self, interrupt};
+use halfbyte::{Error, Result};
 
 use super::args::Device;
 use super::load;
@@ -44,6 +44,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let settings = Settings::new(args.run_file.as_deref(), &args.keys)?;
     let config = &settings.config;
     config.require_paths().map_err(|e| settings.locate(e))?;
+    if config.out.exists() && !config.out.is_dir() {
+        let found = format!("{}, which is a file", config.out.display());
+        return Err(settings.locate(Error::flag("out", found, "a directory")));
+    }
     let mut backend = load::backend(Device::named(&config.device), config.threads)?;
     let stop = interrupt::install()?;
     let mut ui: Box<dyn Ui> = match io::stderr().is_terminal() {

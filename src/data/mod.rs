@@ -112,6 +112,13 @@ pub fn load(tok: &Tokenizer, opts: &DataOptions, progress: &dyn Fn(u64, u64)) ->
     for file in &opts.files {
         total += fs::metadata(file).map_err(Error::read("open", file))?.len();
     }
+    // The last file may end with what was told already.
+    let last = std::cell::Cell::new(None);
+    let progress = |done: u64, total: u64| {
+        if last.replace(Some(done)) != Some(done) {
+            progress(done, total);
+        }
+    };
     progress(0, total);
     let cache = opts.cache_dir.as_ref().map(|dir| cache::path(dir, tok, opts)).transpose()?;
     if let Some((documents, mut stats)) = cache.as_deref().and_then(cache::read) {

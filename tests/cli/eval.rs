@@ -54,3 +54,19 @@ fn bad_input_is_named() {
     let other = place.adapter_of_another_model();
     eval(&args!["--model", model, "--data", data, "--adapter", other]).fails(2, &["another model"]);
 }
+
+#[test]
+fn the_loss_is_the_one_that_training_reported() {
+    let place = Place::with("tiny-mistral");
+    let (model, data, out) = (place.model(), place.data(), place.path("run"));
+    let train = args!["train", "--model", model, "--data", data, "--eval-data", data, "--out", out];
+    halfbyte([&train[..], &args!["--max-steps", "2", "--max-length", "64"]].concat()).ok();
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).expect("metrics");
+    let rows = metrics.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).expect("JSON"));
+    let reported = rows.filter_map(|r| r["eval_loss"].as_f64()).last().expect("an evaluation");
+    for adapter in [out.clone(), out.join("checkpoint-2")] {
+        let eval = args!["eval", "--model", model, "--adapter", adapter, "--load-in-4bit", "--data", data, "--json"];
+        let loss = halfbyte(eval).json()["loss"].as_f64().expect("loss");
+        assert!((loss / reported - 1.0).abs() < 1e-5, "{loss} {reported}");
+    }
+}

@@ -1,8 +1,10 @@
 //! `halfbyte train`: run files, flags, what it writes, and bad input.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 
-use crate::{Place, Run, args, halfbyte};
+use crate::{Place, Run, args, command, halfbyte};
 
 /// Two quick steps on the tiny model; `more` flags go last.
 fn train(place: &Place, out: &str, more: &[&str]) -> Run {
@@ -143,7 +145,8 @@ fn an_out_that_holds_something_is_refused() {
     train(&place, "run", &["--resume", "--r", "3"]).fails(2, &["--r", "found 3", "in the run that is resumed"]);
     let file = place.write("a-file", "");
     let (model, data) = (place.model(), place.data());
-    halfbyte(args!["train", "--model", model, "--data", data, "--out", file]).fails(1, &["a-file"]);
+    halfbyte(args!["train", "--model", model, "--data", data, "--out", file])
+        .fails(2, &["--out", "a-file", "a directory"]);
 }
 
 #[test]
@@ -151,4 +154,29 @@ fn cuda_is_refused_with_the_reason() {
     let place = Place::with("tiny-mistral");
     train(&place, "o", &["--device", "cuda"]).fails(2, &["cuda", "not available", "CPU backend"]);
     train(&place, "o", &["--device", "tpu"]).fails(2, &["--device", "tpu", "auto"]);
+}
+
+#[test]
+fn ctrl_c_saves_and_the_same_command_with_resume_goes_on() {
+    let place = Place::with("tiny-mistral");
+    let out = place.path("run");
+    let a = args!["train", "--model", place.model(), "--data", place.data(), "--out", out, "--max-length", "64"];
+    let steps = args!["--max-steps", "1000000", "--logging-steps", "1", "--lr-scheduler-type", "constant"];
+    let mut c = command([&a[..], &steps[..]].concat());
+    c.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = c.spawn().expect("the binary starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("a pipe")).lines().map(|l| l.expect("text"));
+    assert!(lines.any(|l| l.starts_with("step 2/")));
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().expect("kill").success());
+    let rest: Vec<String> = lines.collect();
+    assert!(rest.iter().any(|l| l.contains("--resume")), "{rest:?}");
+    assert_eq!(child.wait().expect("an end").code(), Some(0));
+    let names = place.names("run");
+    let saved = names.iter().find_map(|n| n.to_str()?.strip_prefix("checkpoint-")).expect("a checkpoint");
+    let next = (saved.parse::<u64>().expect("a step") + 1).to_string();
+    let run = halfbyte([&a[..], &args!["--lr-scheduler-type", "constant", "--max-steps", next, "--resume"]].concat());
+    run.ok();
+    assert!(run.stderr.contains(&format!("resuming {}/checkpoint-{saved} at step {next}", out.display())), "{run:#?}");
+    assert!(place.path("run/adapter_model.safetensors").exists());
 }
