@@ -36,7 +36,7 @@ fn tensor(dtype: Dtype, x: &[f32]) -> HostTensor {
 }
 
 fn nibble(q: &Quantized, i: usize) -> usize {
-    usize::from(if i % 2 == 0 { q.packed[i / 2] >> 4 } else { q.packed[i / 2] & 15 })
+    usize::from(q.packed[i / 2] >> (4 * (1 - i % 2)) & 15)
 }
 
 /// Absmax and codes of one block, straight from the rule: count midpoints of the sorted code book.

@@ -48,7 +48,7 @@ struct Draw {
 impl Draw {
     fn below(&mut self, n: usize) -> usize {
         self.next += 1;
-        (u64::from(word(self.seed, Stream::Sampling, 1, self.next)) * n as u64 >> 32) as usize
+        ((u64::from(word(self.seed, Stream::Sampling, 1, self.next)) * n as u64) >> 32) as usize
     }
 }
 

@@ -156,11 +156,11 @@ fn one_step_of_adamw_matches_the_formula_with_the_clip_active_and_not() {
             _ => 1.0,
         };
         assert_eq!(clip < 1.0, max_grad_norm == 0.01, "the clip is active in the first case alone");
-        for i in 0..len {
+        for (i, &trained) in trained.iter().enumerate() {
             let (lr, wd) = if i < half { (1e-3, 0.01) } else { (4e-3, 0.0) };
             let expected = adamw_once(adapter.weights[i], step.grads[i], clip, lr, wd);
             // The bits of the first moment of a vanishing gradient are lost against eps: an absolute bound.
-            assert!((f64::from(trained[i]) - expected).abs() < 1e-6, "weight {i}: {} against {expected}", trained[i]);
+            assert!((f64::from(trained) - expected).abs() < 1e-6, "weight {i}: {trained} against {expected}");
         }
         assert_eq!(engine.model.read_grads(&mut engine.cpu).expect("gradients"), step.grads, "left as they are");
     }
