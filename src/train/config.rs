@@ -103,7 +103,7 @@ keys! {
     /// LoRA scale: alpha / r (alpha / sqrt(r) with use_rslora).
     lora_alpha: f64 = 32.0, Float;
     /// Dropout on the input of A: 0 to below 1.
-    lora_dropout: f32 = 0.05, Float;
+    lora_dropout: f64 = 0.05, Float;
     /// Modules to adapt: names, one regular expression, or "all-linear". TRL: PEFT's default for the model, often q_proj and v_proj alone.
     #[doc = "QLoRA adapts all seven projections, and so does this default."]
     target_modules: TargetModules = TargetModules::Pattern("all-linear".into()), List, "lora_target_modules";

@@ -63,7 +63,9 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
     let state = match before {
         Some(before) => {
             before.check_inputs(&fingerprints)?;
-            TrainerState { config: resume::config_texts(config), total_steps: total, ..before }
+            // A best that is not in this folder cannot be taken at the end.
+            let best = before.best.filter(|best| state::path_of(&config.out, best.step).is_dir());
+            TrainerState { best, config: resume::config_texts(config), total_steps: total, ..before }
         }
         None => TrainerState {
             config: resume::config_texts(config),
@@ -107,7 +109,7 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
         adapter,
         backend,
         batch,
-        board: tensorboard.then(|| EventWriter::new(&config.out)).transpose()?,
+        board: tensorboard.then(|| EventWriter::new(&config.out, step)).transpose()?,
         checkpoint,
         config,
         data: &data,

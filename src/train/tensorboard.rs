@@ -2,11 +2,10 @@
 //!
 //! ```text
 //! record  length (u64)  masked crc32c of length  data  masked crc32c of data        little-endian
-//! Event   1: wall_time (double)  2: step (int64)  3: file_version (string)  5: summary (Summary)
-//! Summary 1: value (repeated)    Value  1: tag (string)  2: simple_value (float)
+//! Event   1: wall_time (double)  2: step (int64)  3: file_version (string)  5: summary (Summary)  7: session_log
+//! Summary 1: value (repeated)    Value  1: tag (string)  2: simple_value (float)    SessionLog  1: status (START = 1)
 //! ```
-//! A resumed run adds a file; TensorBoard lays the files of a folder together and lets the later one win from its first
-//! step on.
+//! A resumed run adds a file. Its session log says from which step on it replaces what earlier files hold.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -26,8 +25,8 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Starts a new file in `out`/runs.
-    pub fn new(out: &Path) -> Result<Self> {
+    /// Starts a new file in `out`/runs, for the steps after `done`.
+    pub fn new(out: &Path, done: u64) -> Result<Self> {
         let dir = out.join(FOLDER);
         fs::create_dir_all(&dir).map_err(Error::write("make the folder", &dir))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -38,6 +37,13 @@ impl EventWriter {
         let mut event = vec![];
         put_bytes(&mut event, 3, b"brain.Event:2");
         writer.record(&with_time(event))?;
+        if done > 0 {
+            let mut event = vec![];
+            put_key(&mut event, 2, 0);
+            put_varint(&mut event, done + 1);
+            put_bytes(&mut event, 7, &[0x08, 1]);
+            writer.record(&with_time(event))?;
+        }
         Ok(writer)
     }
 
@@ -130,7 +136,7 @@ mod tests {
     #[test]
     fn records_hold_scalars_with_their_checksums() {
         let dir = tempfile::tempdir().unwrap();
-        let mut w = EventWriter::new(dir.path()).unwrap();
+        let mut w = EventWriter::new(dir.path(), 299).unwrap();
         w.scalars(300, &[("train/loss", 1.5)]).unwrap();
         let bytes = fs::read(&w.path).unwrap();
         let mut rest = &bytes[..];
@@ -141,10 +147,11 @@ mod tests {
             records.push(rest[12..12 + n].to_vec());
             rest = &rest[n + 16..];
         }
-        assert_eq!(records.len(), 2);
+        assert_eq!(records.len(), 3);
         assert!(records[0].ends_with(b"\x1a\x0dbrain.Event:2"));
+        assert_eq!(&records[1][9..], b"\x10\xac\x02\x3a\x02\x08\x01");
         // step 300 is the varint ac 02; the summary holds one value of 17 bytes.
         let expected = [&b"\x10\xac\x02\x2a\x13\x0a\x11\x0a\x0atrain/loss\x15"[..], &1.5f32.to_le_bytes()].concat();
-        assert_eq!(records[1][9..], expected);
+        assert_eq!(records[2][9..], expected);
     }
 }

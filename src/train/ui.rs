@@ -1,5 +1,6 @@
 //! What a run shows. The loop knows only this trait; the command line has a progress bar behind it.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,12 +47,14 @@ pub trait Ui {
 pub struct PlainUi<W: Write> {
     out: W,
     stop: Option<Arc<AtomicBool>>,
+    /// Labels of work that ended: a line each is enough.
+    ended: BTreeSet<String>,
 }
 
 impl<W: Write> PlainUi<W> {
     /// Lines go to `out`; `stop` is the flag of [`super::interrupt::install`], if any.
     pub fn new(out: W, stop: Option<Arc<AtomicBool>>) -> Self {
-        Self { out, stop }
+        Self { out, stop, ended: BTreeSet::new() }
     }
 
     fn line(&mut self, text: &str) {
@@ -66,7 +69,7 @@ impl<W: Write> Ui for PlainUi<W> {
     }
 
     fn work(&mut self, label: &str, unit: &'static str, done: u64, total: u64) {
-        if done == total {
+        if done == total && self.ended.insert(label.to_string()) {
             self.line(&format!("{label}: {total} {unit}"));
         }
     }

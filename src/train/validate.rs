@@ -63,7 +63,7 @@ impl TrainConfig {
             positive("threads", n)?;
         }
         above_zero("lora_alpha", self.lora_alpha)?;
-        share("lora_dropout", f64::from(self.lora_dropout))?;
+        share("lora_dropout", f64::from(self.lora_dropout as f32))?;
         if let Some(ratio) = self.loraplus_lr_ratio {
             above_zero("loraplus_lr_ratio", ratio)?;
         }
@@ -212,7 +212,7 @@ impl TrainConfig {
         LoraConfig {
             r: self.r,
             lora_alpha: self.lora_alpha,
-            lora_dropout: self.lora_dropout,
+            lora_dropout: self.lora_dropout as f32,
             target_modules: self.target_modules.clone(),
             rank_pattern: self.rank_pattern.iter().map(|(k, &v)| (k.clone(), v)).collect(),
             alpha_pattern: self.alpha_pattern.iter().map(|(k, &v)| (k.clone(), v)).collect(),
