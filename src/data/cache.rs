@@ -1,7 +1,7 @@
 //! The cache of token ids: one file a data set, named by a hash of all that decides its contents.
 //!
 //! ```text
-//! "HALFBYTE DATA 1\n"  sha256 of the rest (32)  length of stats (u64)  stats as JSON  documents (u64)
+//! "HALFBYTE DATA 2\n"  sha256 of the rest (32)  length of stats (u64)  stats as JSON  documents (u64)
 //! each document: file (u32)  line (u64)  n (u32)  n token ids (i32), the top bit set on targets
 //! ```
 //! Little-endian. Whatever does not read back exactly is ignored and written anew.
@@ -16,7 +16,8 @@ use super::tokenizer::Tokenizer;
 use super::{DataOptions, Document, Stats};
 use crate::error::{Error, Result};
 
-const MAGIC: &[u8; 16] = b"HALFBYTE DATA 1\n";
+/// The number rises with the layout and with every change of what a row becomes.
+const MAGIC: &[u8; 16] = b"HALFBYTE DATA 2\n";
 const TARGET: u32 = 1 << 31;
 
 /// Where the cache of this tokenizer, these files and these options is. The files are read once for their hash.
