@@ -57,7 +57,7 @@ fn facts() -> Value {
     let cuda = cuda();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "features": if cfg!(feature = "cuda") { vec!["cuda"] } else { vec!["none"] },
+        "features": if cfg!(feature = "cuda") { vec!["cuda"] } else { vec![] },
         "cpu": { "model": cpu_model(), "threads": threads(), "simd": simd() },
         "memory": { "total_bytes": meminfo("MemTotal:"), "available_bytes": meminfo("MemAvailable:") },
         "cuda": cuda,
