@@ -25,6 +25,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
     }
     let text = |v: &Value| match v {
         Value::String(s) => s.clone(),
+        Value::Array(items) if items.is_empty() => "none".into(),
         Value::Array(items) => items.iter().map(|i| i.as_str().unwrap_or_default()).collect::<Vec<_>>().join(" "),
         other => other.to_string(),
     };

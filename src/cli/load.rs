@@ -16,8 +16,14 @@ use super::progress::{Progress, Unit};
 pub const CPU_ONLY: &str = "training and generation run on the CPU backend; of the CUDA backend this version has the NF4 \
                             kernels alone";
 
+/// More threads than any machine has cores are a slip of the finger, and the system would refuse to start them.
+const MAX_THREADS: usize = 4096;
+
 /// The backend of `--device` and `--threads`. Errors: a device that cannot run the graph.
 pub fn backend(device: Device, threads: Option<usize>) -> Result<Cpu> {
+    if let Some(n) = threads.filter(|n| !(1..=MAX_THREADS).contains(n)) {
+        return Err(Error::flag("threads", n.to_string(), format!("a whole number from 1 to {MAX_THREADS}")));
+    }
     match device {
         Device::Auto | Device::Cpu => Ok(Cpu::new(threads)),
         Device::Cuda => Err(Error::Unavailable { what: "--device cuda".into(), why: CPU_ONLY.into() }),
@@ -26,7 +32,7 @@ pub fn backend(device: Device, threads: Option<usize>) -> Result<Cpu> {
 
 impl DeviceArgs {
     pub fn backend(&self) -> Result<Cpu> {
-        backend(self.device, self.threads.map(|n| n as usize))
+        backend(self.device, self.threads)
     }
 }
 

@@ -48,7 +48,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
         let found = format!("{}, which is a file", config.out.display());
         return Err(settings.locate(Error::flag("out", found, "a directory")));
     }
-    let mut backend = load::backend(Device::named(&config.device), config.threads)?;
+    let mut backend = load::backend(Device::named(&config.device), config.threads).map_err(|e| settings.locate(e))?;
     let stop = interrupt::install()?;
     let mut ui: Box<dyn Ui> = match io::stderr().is_terminal() {
         true => Box::new(TermUi::new(stop)),

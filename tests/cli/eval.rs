@@ -63,7 +63,7 @@ fn the_loss_is_the_one_that_training_reported() {
     halfbyte([&train[..], &args!["--max-steps", "2", "--max-length", "64"]].concat()).ok();
     let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).expect("metrics");
     let rows = metrics.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).expect("JSON"));
-    let reported = rows.filter_map(|r| r["eval_loss"].as_f64()).last().expect("an evaluation");
+    let reported = rows.filter_map(|r| r["eval_loss"].as_f64()).next_back().expect("an evaluation");
     for adapter in [out.clone(), out.join("checkpoint-2")] {
         let eval = args!["eval", "--model", model, "--adapter", adapter, "--load-in-4bit", "--data", data, "--json"];
         let loss = halfbyte(eval).json()["loss"].as_f64().expect("loss");
