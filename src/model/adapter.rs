@@ -94,9 +94,13 @@ impl HostAdapter {
 
 /// PEFT's match of a pattern key against a module name: the whole name, or its end after a dot.
 fn key_matches(key: &str, module: &str) -> Result<bool> {
-    let re = regex::Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
-        .map_err(|e| Error::flag("rank_pattern / alpha_pattern", format!("{key:?} ({e})"), "a regular expression"))?;
-    Ok(re.is_match(module))
+    full_match("rank_pattern / alpha_pattern", &format!(r"(?:.*\.)?(?:{key})"), module)
+}
+
+/// Python's `re.fullmatch`, look-around included.
+fn full_match(flag: &str, pattern: &str, module: &str) -> Result<bool> {
+    let wrong = |e| Error::flag(flag, format!("{pattern:?} ({e})"), "a regular expression");
+    fancy_regex::Regex::new(&format!("^(?:{pattern})$")).and_then(|re| re.is_match(module)).map_err(wrong)
 }
 
 impl AdapterLayout {
@@ -154,12 +158,7 @@ impl LoraConfig {
                     || module.strip_suffix(n.as_str()).is_some_and(|rest| rest.ends_with('.'))
             })),
             TargetModules::Pattern(p) if p == "all-linear" => Ok(true),
-            TargetModules::Pattern(p) => {
-                let re = regex::Regex::new(&format!("^(?:{p})$")).map_err(|e| {
-                    Error::flag("target_modules", format!("{p:?} ({e})"), "a regular expression, or \"all-linear\"")
-                })?;
-                Ok(re.is_match(module))
-            }
+            TargetModules::Pattern(p) => full_match("target_modules", p, module),
         }
     }
 
@@ -223,6 +222,8 @@ mod tests {
     fn a_regex_must_match_the_whole_name() {
         let pattern = |p: &str| AdapterLayout::new(&config(TargetModules::Pattern(p.into())), &tiny());
         assert_eq!(modules(&pattern(r".*layers\.0.*v_proj").unwrap()), ["model.layers.0.self_attn.v_proj"]);
+        let modules_of = modules(&pattern(r"(?!.*layers\.0).*\.(k|v)_proj").unwrap());
+        assert_eq!(modules_of, ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.v_proj"], "look-around");
         assert!(pattern("v_proj").is_err(), "an ending alone is no full match");
         assert_eq!(pattern("(").unwrap_err().exit_code(), 2);
     }
