@@ -66,6 +66,24 @@ fn an_adapter_and_one_file() {
 }
 
 #[test]
+fn a_run_and_its_checkpoints() {
+    let place = Place::with("tiny-mistral");
+    let (model, data, out) = (place.model(), place.data(), place.path("run"));
+    let train = args!["train", "--model", model, "--data", data, "--out", out, "--max-steps", "2", "--save-steps", "1"];
+    halfbyte(train).ok();
+    let run = halfbyte(args!["inspect", out]);
+    assert!(run.ok().contains("PEFT adapter") && run.ok().contains("checkpoint-1, checkpoint-2"), "{run:#?}");
+    let facts = halfbyte(args!["inspect", "--json", out.join("checkpoint-2")]).json();
+    assert_eq!(facts["step"], 2);
+    let names: Vec<&str> =
+        facts["tensors"].as_array().expect("tensors").iter().filter_map(|t| t["name"].as_str()).collect();
+    assert!(["master", "m", "v"].iter().all(|n| names.contains(n)), "{names:?}");
+    fs::remove_file(out.join("adapter_config.json")).expect("removed");
+    let run = halfbyte(args!["inspect", out]);
+    assert!(run.ok().contains("run without a finished adapter"), "{run:#?}");
+}
+
+#[test]
 fn what_is_no_model_says_what_was_expected() {
     let place = Place::empty();
     halfbyte(args!["inspect", place.path("missing")]).fails(2, &["missing", "No such file"]);
