@@ -292,6 +292,19 @@ fn a_folder_that_holds_a_run_is_not_overwritten_unasked() {
 }
 
 #[test]
+fn two_runs_never_share_a_folder() {
+    let place = Place::new();
+    let config = place.config("run");
+    run_with(&config, &mut TestUi { stop_after: Some(1), ..Default::default() }).unwrap();
+    let lock = fs::File::open(config.out.join(".lock")).unwrap();
+    lock.lock().unwrap();
+    let e = message(run(&resumed(&config)));
+    assert!(e.starts_with("out: ") && e.contains("another run"), "{e}");
+    drop(lock);
+    run(&resumed(&config)).unwrap();
+}
+
+#[test]
 fn a_loss_that_is_not_finite_stops_with_step_rows_and_last_checkpoint() {
     let place = Place::new();
     let config = TrainConfig {

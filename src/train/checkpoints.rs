@@ -1,12 +1,15 @@
 //! Which checkpoints an output folder keeps.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::Path;
 
 use super::config::TrainConfig;
 use super::metrics;
 use crate::checkpoint::{atomic, peft, state};
 use crate::error::{Error, Result};
+
+/// Locked while a run writes to the folder.
+const LOCK: &str = ".lock";
 
 /// Steps to remove so that `limit` are left: the oldest, but never the last or the best.
 pub fn surplus(steps: &[u64], limit: usize, best: Option<u64>) -> Vec<u64> {
@@ -24,21 +27,29 @@ pub fn prune(out: &Path, limit: usize, best: Option<u64>) -> Result<()> {
     surplus(&steps, limit, best).into_iter().try_for_each(|s| atomic::remove_dir(&state::path_of(out, s)))
 }
 
-/// Makes `out` and tidies what a killed process left there. Errors: `out` holds a run, and neither `resume` nor
-/// `overwrite_output_dir` says what to do with it; the system refuses.
-pub fn prepare(config: &TrainConfig, resumes: bool) -> Result<()> {
+/// Makes `out`, takes it for this run as long as the answer lives, and tidies what a killed process left there.
+/// Errors: another run writes to `out`; `out` holds a run, and neither `resume` nor `overwrite_output_dir` says what to do
+/// with it; the system refuses.
+pub fn prepare(config: &TrainConfig, resumes: bool) -> Result<File> {
     let out = &config.out;
     fs::create_dir_all(out).map_err(Error::write("make the folder", out))?;
+    let path = out.join(LOCK);
+    let lock = File::create(&path).map_err(Error::write("create", &path))?;
+    // The system lets go of it when the process ends, however it ends. A file system without locks has none to offer.
+    if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+        let found = format!("{}, which another run is writing to", out.display());
+        return Err(Error::flag("out", found, "a folder for each run"));
+    }
     atomic::clean(out)?;
     if resumes || config.overwrite_output_dir {
-        return Ok(());
+        return Ok(lock);
     }
     let held = state::checkpoints(out)
         .last()
         .map(|c| c.1.clone())
         .or_else(|| [peft::WEIGHTS, metrics::FILE].iter().map(|name| out.join(name)).find(|path| path.exists()));
     match held {
-        None => Ok(()),
+        None => Ok(lock),
         Some(path) => Err(Error::flag(
             "out",
             format!("a folder that holds a run ({})", path.display()),

@@ -48,7 +48,7 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
     config.validate()?;
     config.require_paths()?;
     let dir = ModelDir::open(&config.model)?;
-    checkpoints::prepare(config, config.resume != Resume::Latest(false))?;
+    let _lock = checkpoints::prepare(config, config.resume != Resume::Latest(false))?;
     let found = resume::find(config, dir.config(), ui)?;
     let mut before = None;
     if let Some((path, found)) = &found {
