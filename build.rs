@@ -218,10 +218,10 @@ fn compile(nvcc: &Nvcc, gencode: &[String], missing: VecDeque<(PathBuf, PathBuf)
         for _ in 0..workers {
             scope.spawn(|| {
                 while let Some((source, object)) = queue.lock().ok().and_then(|mut q| q.pop_front()) {
-                    if let Err(why) = compile_one(nvcc, gencode, threads, &source, &object) {
-                        if let Ok(mut all) = errors.lock() {
-                            let _ = writeln!(all, "{why}");
-                        }
+                    if let Err(why) = compile_one(nvcc, gencode, threads, &source, &object)
+                        && let Ok(mut all) = errors.lock()
+                    {
+                        let _ = writeln!(all, "{why}");
                     }
                 }
             });
