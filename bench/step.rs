@@ -1,6 +1,6 @@
 //! One training step of a SmolLM2-135M shape with random NF4 weights on the CPU backend: `cargo bench --bench step`.
 //!
-//! Prints tokens/s, GFLOP/s and the share of each op. Arguments: tokens a step (default 512), steps (default 3).
+//! Prints tokens/s, GFLOP/s and the share of each op, then the speed of decoding. Arguments: tokens a step (default 512), steps (default 3).
 
 use std::time::Instant;
 
@@ -162,6 +162,16 @@ fn main() -> Result<()> {
     }
     let gflop = step_flops(&config, &adapter, t) / 1e9;
     println!("\nbest: {:.1} tokens/s, {:.1} GFLOP/s ({gflop:.1} GFLOP a step)", t as f64 / best, gflop / best);
+    let tokens = 16;
+    let mut cache = model.new_cache(&mut cpu, tokens + 1)?;
+    model.decode(&mut cpu, &mut cache, &[1])?;
+    let (start, cpu_start) = (Instant::now(), cpu_seconds());
+    for token in 0..tokens {
+        model.decode(&mut cpu, &mut cache, &[token as i32])?;
+    }
+    let seconds = start.elapsed().as_secs_f64() / tokens as f64;
+    let used = cpu_seconds().zip(cpu_start).map_or(f64::NAN, |(now, then)| now - then) / tokens as f64;
+    println!("decoding: {:.1} tokens/s ({:.1} ms, {:.1} ms of CPU a token)", 1.0 / seconds, seconds * 1e3, used * 1e3);
     if let Some(mib) = peak_resident() {
         println!("peak resident: {mib:.0} MiB");
     }

@@ -97,7 +97,7 @@ impl View<'_> {
 }
 
 /// Splits `buffer`, whose tokens take `width` elements each, into pieces of the given numbers of tokens.
-fn split<'a>(mut buffer: &'a mut [f32], width: usize, tokens: impl Iterator<Item = usize>) -> Vec<&'a mut [f32]> {
+fn split(mut buffer: &mut [f32], width: usize, tokens: impl Iterator<Item = usize>) -> Vec<&mut [f32]> {
     tokens
         .map(|n| {
             let (piece, rest) = std::mem::take(&mut buffer).split_at_mut(n * width);

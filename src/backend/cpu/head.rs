@@ -84,6 +84,7 @@ pub(super) fn loss(s: &mut Scratch, a: HeadLoss<Cpu>) -> Result<()> {
     let (c, v, head, batch) = (a.c, a.v, a.head, a.batch);
     let (t, m) = (batch.t, batch.m);
     at_least(op, "c", c, 1)?;
+    at_least(op, "v", v, 1)?;
     at_least(op, "loss", a.loss.len(), 1)?;
     at_least(op, "x", a.x.len(), t * c)?;
     exactly(op, "head (v)", head.n, v)?;
@@ -147,6 +148,7 @@ pub(super) fn logits(s: &mut Scratch, a: HeadLogits<Cpu>) -> Result<()> {
     let op = "head_logits";
     let (c, v, head, m) = (a.c, a.v, a.head, a.rows.len());
     at_least(op, "c", c, 1)?;
+    at_least(op, "v", v, 1)?;
     at_least(op, "logits", a.logits.len(), m * v)?;
     exactly(op, "head (v)", head.n, v)?;
     exactly(op, "head (c)", head.k, c)?;

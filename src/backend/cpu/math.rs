@@ -1,12 +1,13 @@
-//! Elementwise functions and sums that the compiler turns into vector code.
+//! Elementwise functions and sums as vector code.
 //!
-//! [`simd`] compiles its closure for AVX-512, AVX2 and the baseline, and picks at run time. A sum keeps [`LANES`]
-//! partial sums whatever the machine, and [`f32::mul_add`] rounds once on every machine: the bits do not depend on it.
+//! [`simd`] compiles its closure for AVX2 and for the baseline, and picks at run time: loops without a sum become vector
+//! code by themselves. The compiler will not reorder a sum of floats, so sums name their vectors: [`UNROLL`] partial sums
+//! of one register each, added in a fixed order.
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
-/// Partial sums of [`dot`] and friends: two AVX-512 registers, enough to hide the latency of an addition.
-pub const LANES: usize = 32;
+/// Registers of partial sums: enough to hide the latency of an addition.
+const UNROLL: usize = 4;
 
 /// Runs `f` compiled for the widest vectors of this machine. Write `simd(#[inline(always)] || ...)`: what is not
 /// inlined into `f` is compiled for the baseline. So inside it: `for` loops, and no closures for iterators to call.
@@ -23,7 +24,7 @@ pub fn exp(x: f32) -> f32 {
     // 1.5 * 2^23: adding it leaves round(x / ln 2) in the low bits of the sum.
     const MAGIC: f32 = 12_582_912.0;
     // ln 2 in two pieces; n times the first is exact.
-    const LN2_HI: f32 = 0.693_359_375;
+    const LN2_HI: f32 = 355.0 / 512.0;
     const LN2_LO: f32 = -2.121_944_4e-4;
     let t = x.mul_add(std::f32::consts::LOG2_E, MAGIC);
     let n = t - MAGIC;
@@ -53,104 +54,148 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-#[inline(always)]
-fn fold(lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    let mut s = lanes;
-    while width > 0 {
-        for i in 0..width {
-            s[i] += s[i + width];
-        }
-        width /= 2;
-    }
-    s[0]
+/// What a sum adds up: `one` for vectors, `rest` for the elements behind the last whole vector.
+trait Term<const N: usize>: Copy {
+    fn one<S: Simd>(self, simd: S, x: [S::f32s; N], sum: S::f32s) -> S::f32s;
+    fn rest(self, x: [f32; N], sum: f32) -> f32;
 }
 
-/// Sum of f(a[i], b[i], sum) from lane-wise partial sums: `f` adds to the partial sum it is given.
-#[inline(always)]
-fn reduce2(a: &[f32], b: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f32 {
-    let mut acc = [0.0f32; LANES];
-    let (ca, cb) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let (ra, rb) = (ca.remainder(), cb.remainder());
-    for (x, y) in ca.zip(cb) {
-        for i in 0..LANES {
-            acc[i] = f(x[i], y[i], acc[i]);
+struct Sum<'a, const N: usize, T> {
+    of: [&'a [f32]; N],
+    term: T,
+}
+
+impl<const N: usize, T: Term<N>> WithSimd for Sum<'_, N, T> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        let vectors = self.of.map(|x| S::as_simd_f32s(x).0);
+        let rests = self.of.map(|x| S::as_simd_f32s(x).1);
+        let n = vectors.iter().map(|v| v.len()).min().unwrap_or(0);
+        let vectors = vectors.map(|v| &v[..n]);
+        let mut acc = [simd.splat_f32s(0.0); UNROLL];
+        let whole = n / UNROLL * UNROLL;
+        for at in (0..whole).step_by(UNROLL) {
+            for (i, acc) in acc.iter_mut().enumerate() {
+                *acc = self.term.one(simd, vectors.map(|v| v[at + i]), *acc);
+            }
         }
+        for at in whole..n {
+            acc[0] = self.term.one(simd, vectors.map(|v| v[at]), acc[0]);
+        }
+        let mut rest = 0.0;
+        for at in 0..rests[0].len() {
+            rest = self.term.rest(rests.map(|r| r[at]), rest);
+        }
+        let [a, b, c, d] = acc;
+        simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d))) + rest
     }
-    for (s, (x, y)) in acc.iter_mut().zip(ra.iter().zip(rb)) {
-        *s = f(*x, *y, *s);
+}
+
+#[derive(Clone, Copy)]
+struct Plain;
+
+impl Term<1> for Plain {
+    #[inline(always)]
+    fn one<S: Simd>(self, simd: S, [x]: [S::f32s; 1], sum: S::f32s) -> S::f32s {
+        simd.add_f32s(x, sum)
     }
-    fold(acc)
+
+    #[inline(always)]
+    fn rest(self, [x]: [f32; 1], sum: f32) -> f32 {
+        x + sum
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Product;
+
+impl Term<2> for Product {
+    #[inline(always)]
+    fn one<S: Simd>(self, simd: S, [x, y]: [S::f32s; 2], sum: S::f32s) -> S::f32s {
+        simd.mul_add_f32s(x, y, sum)
+    }
+
+    #[inline(always)]
+    fn rest(self, [x, y]: [f32; 2], sum: f32) -> f32 {
+        x.mul_add(y, sum)
+    }
+}
+
+impl Term<3> for Product {
+    #[inline(always)]
+    fn one<S: Simd>(self, simd: S, [x, y, z]: [S::f32s; 3], sum: S::f32s) -> S::f32s {
+        simd.mul_add_f32s(simd.mul_f32s(x, y), z, sum)
+    }
+
+    #[inline(always)]
+    fn rest(self, [x, y, z]: [f32; 3], sum: f32) -> f32 {
+        (x * y).mul_add(z, sum)
+    }
+}
+
+/// sum a
+#[inline(always)]
+pub fn sum(a: &[f32]) -> f32 {
+    Arch::new().dispatch(Sum { of: [a], term: Plain })
 }
 
 /// sum a*b
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    reduce2(
-        a,
-        b,
-        #[inline(always)]
-        |x, y, s| x.mul_add(y, s),
-    )
+    Arch::new().dispatch(Sum { of: [a, b], term: Product })
 }
 
 /// sum a*b*c
 #[inline(always)]
 pub fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
-    let n = a.len() / LANES * LANES;
-    let mut acc = [0.0f32; LANES];
-    for ((x, y), z) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)).zip(c.chunks_exact(LANES)) {
-        for i in 0..LANES {
-            acc[i] = (x[i] * y[i]).mul_add(z[i], acc[i]);
+    Arch::new().dispatch(Sum { of: [a, b, c], term: Product })
+}
+
+struct Max<'a>(&'a [f32]);
+
+impl WithSimd for Max<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        let (vectors, rest) = S::as_simd_f32s(self.0);
+        let mut acc = [simd.splat_f32s(f32::NEG_INFINITY); UNROLL];
+        let (whole, single) = vectors.as_chunks::<UNROLL>();
+        for x in whole {
+            for i in 0..UNROLL {
+                acc[i] = simd.max_f32s(x[i], acc[i]);
+            }
         }
+        for x in single {
+            acc[0] = simd.max_f32s(*x, acc[0]);
+        }
+        let [a, b, c, d] = acc;
+        let mut top = simd.reduce_max_f32s(simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d)));
+        for x in rest {
+            top = top.max(*x);
+        }
+        top
     }
-    for (s, ((x, y), z)) in acc.iter_mut().zip(a[n..].iter().zip(&b[n..]).zip(&c[n..])) {
-        *s = (x * y).mul_add(*z, *s);
-    }
-    fold(acc)
 }
 
-/// The larger; a NaN of either side stays.
-#[inline(always)]
-fn pick(m: f32, x: f32) -> f32 {
-    if m >= x || m.is_nan() { m } else { x }
-}
-
-/// The largest element; NaN if any is NaN, -infinity if there is none.
+/// The largest element, -infinity if there is none. A NaN may or may not be passed over.
 #[inline(always)]
 pub fn max(a: &[f32]) -> f32 {
-    let mut acc = [f32::NEG_INFINITY; LANES];
-    let chunks = a.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for x in chunks {
-        for i in 0..LANES {
-            acc[i] = pick(acc[i], x[i]);
-        }
-    }
-    for (m, x) in acc.iter_mut().zip(rest) {
-        *m = pick(*m, *x);
-    }
-    let mut top = acc[0];
-    for m in &acc[1..] {
-        top = pick(top, *m);
-    }
-    top
+    Arch::new().dispatch(Max(a))
 }
 
 /// x = e^(x - shift) in place; returns the sum.
 #[inline(always)]
 pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
-    let mut acc = [0.0f32; LANES];
-    let mut chunks = x.chunks_exact_mut(LANES);
-    for c in &mut chunks {
-        for i in 0..LANES {
-            c[i] = exp(c[i] - shift);
-            acc[i] += c[i];
-        }
-    }
-    for (s, v) in acc.iter_mut().zip(chunks.into_remainder()) {
-        *v = exp(*v - shift);
-        *s += *v;
-    }
-    fold(acc)
+    simd(
+        #[inline(always)]
+        || {
+            for x in x.iter_mut() {
+                *x = exp(*x - shift);
+            }
+        },
+    );
+    sum(x)
 }

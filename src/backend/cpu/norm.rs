@@ -21,6 +21,7 @@ pub(super) fn rmsnorm_forward(a: RmsNormForward<Cpu>) -> Result<()> {
     let op = "rmsnorm_forward";
     let (t, c) = (a.t, a.c);
     let n = t * c;
+    at_least(op, "c", c, 1)?;
     at_least(op, "y", a.y.len(), n)?;
     at_least(op, "rstd", a.rstd.len(), t)?;
     at_least(op, "x", a.x.len(), n)?;
@@ -69,6 +70,7 @@ pub(super) fn rmsnorm_backward(a: RmsNormBackward<Cpu>) -> Result<()> {
     let op = "rmsnorm_backward";
     let (t, c) = (a.t, a.c);
     let n = t * c;
+    at_least(op, "c", c, 1)?;
     at_least(op, "dx", a.dx.len(), n)?;
     at_least(op, "dy", a.dy.len(), n)?;
     at_least(op, "x", a.x.len(), n)?;
@@ -100,6 +102,7 @@ pub(super) fn head_norm_forward(a: HeadNormForward<Cpu>) -> Result<()> {
     let op = "head_norm_forward";
     let (t, heads, d) = (a.t, a.heads, a.heads.d);
     check_heads(op, heads)?;
+    at_least(op, "heads.d", d, 1)?;
     let (width, normed) = (heads.qkv(), heads.h + heads.g);
     at_least(op, "y", a.y.len(), t * width)?;
     at_least(op, "rstd", a.rstd.len(), t * normed)?;
@@ -133,6 +136,7 @@ pub(super) fn head_norm_backward(a: HeadNormBackward<Cpu>) -> Result<()> {
     let op = "head_norm_backward";
     let (t, heads, d) = (a.t, a.heads, a.heads.d);
     check_heads(op, heads)?;
+    at_least(op, "heads.d", d, 1)?;
     let (width, normed) = (heads.qkv(), heads.h + heads.g);
     at_least(op, "dqkv", a.dqkv.len(), t * width)?;
     at_least(op, "x", a.x.len(), t * width)?;

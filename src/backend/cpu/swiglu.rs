@@ -9,6 +9,7 @@ use crate::error::Result;
 
 pub(super) fn forward(a: SwigluForward<Cpu>) -> Result<()> {
     let (t, f) = (a.t, a.f);
+    at_least("swiglu_forward", "f", f, 1)?;
     at_least("swiglu_forward", "y", a.y.len(), t * f)?;
     at_least("swiglu_forward", "gate_up", a.gate_up.len(), t * 2 * f)?;
     let rows = rows_per_task(f);
@@ -31,6 +32,7 @@ pub(super) fn forward(a: SwigluForward<Cpu>) -> Result<()> {
 
 pub(super) fn backward(a: SwigluBackward<Cpu>) -> Result<()> {
     let (t, f) = (a.t, a.f);
+    at_least("swiglu_backward", "f", f, 1)?;
     at_least("swiglu_backward", "d_gate_up", a.d_gate_up.len(), t * 2 * f)?;
     at_least("swiglu_backward", "dy", a.dy.len(), t * f)?;
     at_least("swiglu_backward", "gate_up", a.gate_up.len(), t * 2 * f)?;

@@ -133,6 +133,23 @@ fn large_scores_do_not_overflow() {
 }
 
 #[test]
+fn a_nan_reaches_every_query_that_sees_it() {
+    let mut cpu = cpu();
+    let heads = Heads { h: 2, g: 1, d: 2, window: None };
+    let mut c = forward(&mut cpu, &[50, 50], heads, 1);
+    // A key of the second sequence
+    c.qkv[60 * heads.qkv() + 4] = f32::NAN;
+    let Case { o, lse, qkv, batch, .. } = &mut c;
+    cpu.attention_forward(AttentionForward { o, lse, qkv, batch, heads }).unwrap();
+    for t in 0..100 {
+        for h in 0..2 {
+            assert_eq!(c.lse[h * 100 + t].is_nan(), t >= 60, "token {t}");
+        }
+    }
+    assert!(c.o[..50 * 4].iter().all(|o| o.is_finite()), "the other sequence is untouched");
+}
+
+#[test]
 fn decode_in_any_chunks_equals_forward_over_the_whole_sequence() {
     let mut cpu = cpu();
     for (heads, chunks) in [
