@@ -14,9 +14,9 @@ const N: usize = 14_336 * 4096;
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        Trial::bench("bench/copy", |test_mode| copy(test_mode)),
-        Trial::bench("bench/nf4_dequantize_double_bf16", |test_mode| dequantize(test_mode)),
-        Trial::bench("bench/nf4_quantize_double_bf16", |test_mode| quantize(test_mode)),
+        Trial::bench("bench/copy", copy),
+        Trial::bench("bench/nf4_dequantize_double_bf16", dequantize),
+        Trial::bench("bench/nf4_quantize_double_bf16", quantize),
     ]
 }
 
