@@ -63,7 +63,7 @@ pub trait Backend: Sized {
 
     // ---- the graph's ops ---------------------------------------------------------------------------------------------
 
-    /// x[t,:] = table[tokens[t],:]
+    /// `x[t,:] = table[tokens[t],:]`
     fn embedding(&mut self, a: Embedding<Self>) -> Result<()>;
     fn rmsnorm_forward(&mut self, a: RmsNormForward<Self>) -> Result<()>;
     fn rmsnorm_backward(&mut self, a: RmsNormBackward<Self>) -> Result<()>;
@@ -82,7 +82,7 @@ pub trait Backend: Sized {
     fn linear_forward(&mut self, a: LinearForward<Self>) -> Result<()>;
     fn linear_backward(&mut self, a: LinearBackward<Self>) -> Result<()>;
     fn head_loss(&mut self, a: HeadLoss<Self>) -> Result<()>;
-    /// logits (M, V) f32 = x[rows] · headᵀ. For generation, evaluation of few rows, and tests.
+    /// logits (M, V) f32 = `x[rows] · headᵀ`. For generation, evaluation of few rows, and tests.
     fn head_logits(&mut self, a: HeadLogits<Self>) -> Result<()>;
     /// norm (1) = sqrt(sum of squares of grads (P)), in a fixed order.
     fn grad_norm(&mut self, norm: &mut Self::F32, grads: &Self::F32) -> Result<()>;
@@ -279,7 +279,7 @@ pub struct RmsNormForward<'a, B: Backend> {
     pub eps: f32,
 }
 
-/// dx[t,c] += r*dy*w - r^3 * x[t,c] * mean_c(dy*w*x). `x` is what was normed (s of the forward).
+/// `dx[t,c] += r*dy*w - r^3 * x[t,c] * mean_c(dy*w*x)`. `x` is what was normed (s of the forward).
 pub struct RmsNormBackward<'a, B: Backend> {
     /// (T, C) += : the gradient of the residual stream
     pub dx: &'a mut B::Act,
@@ -323,7 +323,7 @@ pub struct HeadNormBackward<'a, B: Backend> {
     pub heads: Heads,
 }
 
-/// For i < D/2: angle = positions[t] * inv_freq[i] in f32; (x_i, x_{i+D/2}) turned by it, in each query and key head.
+/// For i < D/2: angle = `positions[t] * inv_freq[i]` in f32; (x_i, x_{i+D/2}) turned by it, in each query and key head.
 pub struct Rope<'a, B: Backend> {
     /// (T, (H+2G)*D) in place; v is left alone
     pub qkv: &'a mut B::Act,
@@ -422,8 +422,8 @@ pub struct LinearBackward<'a, B: Backend> {
 }
 
 /// Cross-entropy of the target tokens, in chunks; the (T, V) logits never exist.
-/// loss += scale * sum_m(logsumexp(z_m) - z_m[id_m]), z_m = x[row_m] · headᵀ
-/// dx[row_m] = scale * (softmax(z_m) - onehot(id_m)) · head, and 0 in rows without a target.
+/// `loss += scale * sum_m(logsumexp(z_m) - z_m[id_m])`, `z_m = x[row_m] · headᵀ`
+/// `dx[row_m] = scale * (softmax(z_m) - onehot(id_m)) · head`, and 0 in rows without a target.
 pub struct HeadLoss<'a, B: Backend> {
     /// (1) +=
     pub loss: &'a mut B::F32,

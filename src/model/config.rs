@@ -15,7 +15,7 @@ pub enum Family {
 /// Frequencies of the rotary embedding.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum RopeScaling {
-    /// inv_freq[i] = theta^(-2i/D)
+    /// `inv_freq[i] = theta^(-2i/D)`
     Default,
     /// inv_freq / factor
     Linear { factor: f64 },

@@ -28,7 +28,7 @@ pub enum QuantType {
 pub enum Absmax {
     /// f32, one per block.
     Plain(Vec<f32>),
-    /// absmax[i] = dynamic_code[codes[i]] * nested_absmax[i / 256] + offset, a rounded product and a rounded sum.
+    /// `absmax[i] = dynamic_code[codes[i]] * nested_absmax[i / 256] + offset`, a rounded product and a rounded sum.
     Double { codes: Vec<u8>, nested_absmax: Vec<f32>, offset: f32 },
 }
 

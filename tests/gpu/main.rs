@@ -23,7 +23,10 @@ fn main() {
     };
     let mut trials = nf4::trials(&root.join("nf4"));
     trials.extend(device::trials());
-    trials.extend(bench::trials());
+    // Only where asked for: nextest does not know libtest-mimic's word for a bench.
+    if args.bench {
+        trials.extend(bench::trials());
+    }
     let gpu = Cuda::open(0);
     if let Err(why) = &gpu {
         let why = why.to_string();
