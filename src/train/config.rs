@@ -465,4 +465,39 @@ mod tests {
         assert!(set(&mut table, "r", "many").unwrap_err().to_string().contains("whole number"));
         assert!(set(&mut table, "rr", "1").is_err());
     }
+
+    /// docs/run-file.md is written by hand; this holds it to the keys and defaults of the code, both ways.
+    #[test]
+    fn the_page_on_the_run_file_has_every_key_with_its_default() {
+        let page = include_str!("../../docs/run-file.md");
+        let rows: BTreeMap<&str, &str> = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split_once("` |"))
+            .filter_map(|(key, rest)| Some((key, rest.split_once(" |")?.0.trim().trim_matches('`'))))
+            .collect();
+        // The tables of files further down have rows of the same shape.
+        let is_key = |key: &&&str| key.chars().all(|c| c == '_' || c.is_ascii_alphanumeric());
+        let number = |v: &toml::Value| v.as_float().or(v.as_integer().map(|i| i as f64));
+        let defaults = toml::Table::try_from(TrainConfig::default()).unwrap();
+        for key in KEYS {
+            let cell = *rows.get(key.name).unwrap_or_else(|| panic!("no row for {}", key.name));
+            let default = defaults.get(key.name).filter(|v| {
+                v.as_str() != Some("")
+                    && !v.as_array().is_some_and(Vec::is_empty)
+                    && !v.as_table().is_some_and(|t| t.is_empty())
+            });
+            let Some(default) = default else {
+                assert!(["", "required"].contains(&cell), "{}: {cell:?}, but it has no default", key.name);
+                continue;
+            };
+            let said: toml::Table = format!("x = {cell}").parse().unwrap_or_else(|e| panic!("{}: {e}", key.name));
+            match (number(&said["x"]), number(default)) {
+                (Some(a), Some(b)) => assert_eq!(a as f32, b as f32, "{}", key.name),
+                _ => assert_eq!(&said["x"], default, "{}", key.name),
+            }
+        }
+        for key in rows.keys().filter(is_key) {
+            assert!(find_key(key).is_some(), "docs/run-file.md has {key}, which is no key");
+        }
+    }
 }
