@@ -1,4 +1,31 @@
-//! halfbyte: QLoRA fine-tuning from one native binary. See `docs/architecture.md`.
+//! halfbyte: QLoRA fine-tuning from one native binary.
+//!
+//! # The map
+//!
+//! | module | what | imports |
+//! |---|---|---|
+//! | [`train`] | the loop, its settings, schedule, metrics, checkpoints, resume | `model`, `data`, `checkpoint` |
+//! | [`generate`] | KV cache and sampling | `model`, `data` |
+//! | [`model`] | configuration, adapter, and the graph: forward beside backward | `backend` |
+//! | [`backend`] | the op set, a device behind it: `cpu` (f32, the oracle), `cuda` (feature `cuda`) | `nf4` |
+//! | [`checkpoint`] | everything that touches a file of weights | `nf4`, types of `model` and `backend` |
+//! | [`data`] | JSONL rows, chat templates, loss mask, packing | types of `backend` |
+//! | [`nf4`] | 4-bit blocks, double quantisation, the serialisation of bitsandbytes | |
+//! | [`tensor`], [`rng`], [`error`] | the ground | |
+//!
+//! The command line (`src/cli/`) belongs to the binary. `docs/architecture.md` tells the life of a training step.
+//!
+//! # The letters
+//!
+//! | | | | |
+//! |---|---|---|---|
+//! | `B` | sequences | `V` | vocabulary |
+//! | `T` | tokens, all sequences laid end to end | `R` | LoRA rank |
+//! | `C` | channels | `L` | layers |
+//! | `H` | query heads | `N`, `K` | output and input width of a linear |
+//! | `G` | KV heads | `M` | target tokens |
+//! | `D` | head size | `P` | trainable weights |
+//! | `F` | MLP width | `dx` | gradient of `x` |
 
 pub mod backend;
 pub mod checkpoint;
