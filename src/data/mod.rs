@@ -15,6 +15,7 @@ mod tests_mask;
 mod tokenizer;
 
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 use rayon::prelude::*;
@@ -110,7 +111,13 @@ pub fn load(tok: &Tokenizer, opts: &DataOptions, progress: &dyn Fn(u64, u64)) ->
     }
     let mut total = 0;
     for file in &opts.files {
-        total += fs::metadata(file).map_err(Error::read("open", file))?.len();
+        let metadata = fs::metadata(file).map_err(Error::read("open", file))?;
+        // A device such as /dev/zero may never end.
+        let kind = metadata.file_type();
+        if kind.is_dir() || kind.is_char_device() || kind.is_block_device() {
+            return Err(Error::input(file, "the path", "no regular file", "a file of JSON lines"));
+        }
+        total += metadata.len();
     }
     // The last file may end with what was told already.
     let last = std::cell::Cell::new(None);

@@ -339,3 +339,12 @@ fn a_preview_marks_the_targets() {
     let shown = preview(&tiny(), &long.documents[0], false).unwrap();
     assert!(shown.contains("…(201 more tokens)…") && shown.ends_with("</s>⟧"), "{shown}");
 }
+
+#[test]
+fn a_device_or_a_folder_as_data_is_refused_before_it_is_read() {
+    for path in ["/dev/zero", "/"] {
+        let opts = DataOptions { files: vec![path.into()], max_length: 512, ..DataOptions::default() };
+        let e = load(&tiny(), &opts, &|_, _| {}).map(|_| ()).unwrap_err();
+        assert!(e.exit_code() == 2 && e.to_string().contains("no regular file"), "{e}");
+    }
+}

@@ -81,7 +81,12 @@ impl HostAdapter {
     /// A fresh adapter: A uniform in ±1/sqrt(k) (PEFT's kaiming_uniform with a = sqrt(5)), B zero.
     pub fn init(config: LoraConfig, model: &ModelConfig, seed: u64) -> Result<Self> {
         let layout = AdapterLayout::new(&config, model)?;
-        let mut weights = vec![0.0; layout.len];
+        let mut weights = Vec::new();
+        if weights.try_reserve_exact(layout.len).is_err() {
+            let found = format!("{} ({} trainable weights)", config.r, layout.len);
+            return Err(Error::flag("r", found, "a rank whose weights fit the memory"));
+        }
+        weights.resize(layout.len, 0.0);
         for s in &layout.sites {
             let bound = 1.0 / (s.k as f32).sqrt();
             for (i, w) in weights[s.a_range()].iter_mut().enumerate() {
@@ -138,6 +143,9 @@ impl AdapterLayout {
     }
 }
 
+/// Far above any rank in use; keeps the count of trainable weights from overflowing.
+const MAX_RANK: usize = 65_536;
+
 const TARGETS: &str = "names or a regex that match some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or \"all-linear\"";
 
 impl std::fmt::Display for TargetModules {
@@ -177,8 +185,8 @@ impl LoraConfig {
                 break;
             }
         }
-        if rank == 0 {
-            return Err(Error::flag("r", "0", "a rank of at least 1"));
+        if !(1..=MAX_RANK).contains(&rank) {
+            return Err(Error::flag("r", rank.to_string(), format!("a rank from 1 to {MAX_RANK}")));
         }
         Ok((rank, alpha))
     }
@@ -259,13 +267,14 @@ mod tests {
     }
 
     #[test]
-    fn unknown_targets_and_rank_zero_are_errors() {
+    fn unknown_targets_and_ranks_out_of_range_are_errors() {
         for names in [&["lm_head"][..], &["q_proj", "typo_proj"], &[]] {
             assert_eq!(AdapterLayout::new(&config(list(names)), &tiny()).unwrap_err().exit_code(), 2, "{names:?}");
         }
-        let mut c = config(list(&["q_proj"]));
-        c.r = 0;
-        assert_eq!(AdapterLayout::new(&c, &tiny()).unwrap_err().exit_code(), 2);
+        for r in [0, usize::MAX] {
+            let c = LoraConfig { r, ..config(list(&["q_proj"])) };
+            assert_eq!(AdapterLayout::new(&c, &tiny()).unwrap_err().exit_code(), 2, "{r}");
+        }
     }
 
     #[test]
