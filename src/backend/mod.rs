@@ -30,11 +30,51 @@ pub trait Backend: Sized {
     type Matrix;
     /// Master weights, m and v of AdamW for all P trainable weights.
     type Optimizer;
+    /// A buffer of activations in host memory (pinned, where the device is not the host).
+    type Host;
+    /// A copy between the two that is under way.
+    type Ticket: Copy;
 
     /// What `info` and the log call this device, e.g. "CPU (2 threads)".
     fn describe(&self) -> String;
 
+    // ---- the frame of a step: names for errors and profilers, replay ----------------------------------------------
+
+    /// What follows, up to the matching [`Backend::leave`], belongs to `scope`: an NVTX range, and the place in errors.
+    fn enter(&mut self, _scope: Scope) {}
+    fn leave(&mut self) {}
+    /// Runs `f`, which launches the same ops on the same buffers for equal keys: a backend may record them at the first
+    /// call and replay the record later. What differs between calls of one key lies in device memory.
+    /// `dropout_step` is [`Dropout::step`] of this micro-batch.
+    fn micro_step(
+        &mut self,
+        _key: StepKey,
+        _dropout_step: u32,
+        f: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        f(self)
+    }
+    /// The token count of a micro-batch is padded to a multiple of this, see [`Batch`].
+    fn granularity(&self) -> usize {
+        1
+    }
+
     // ---- memory: set-up only -------------------------------------------------------------------------------------
+
+    /// Free bytes of device memory; None where the device is the host.
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
+    /// Takes the one allocation that all buffers from now on are cut from: what `memory::plan` has counted.
+    fn reserve(&mut self, _bytes: usize) -> Result<()> {
+        Ok(())
+    }
+    /// What the allocations that follow are for: the rows of the plan's table.
+    fn label(&mut self, _item: Item) {}
+    /// Makes the scratch that the ops themselves need for models and micro-batches up to `needs`.
+    fn prepare(&mut self, _needs: &Needs) -> Result<()> {
+        Ok(())
+    }
 
     fn alloc_act(&mut self, len: usize) -> Result<Self::Act>;
     fn alloc_f32(&mut self, len: usize) -> Result<Self::F32>;
@@ -43,6 +83,16 @@ pub trait Backend: Sized {
     fn upload(&mut self, w: &HostMatrix) -> Result<Self::Matrix>;
     /// Master = `init` (P), m = v = 0.
     fn new_optimizer(&mut self, kind: OptimKind, init: &[f32]) -> Result<Self::Optimizer>;
+
+    /// `len` activations in host memory.
+    fn alloc_host(&mut self, len: usize) -> Result<Self::Host>;
+    /// Begins to copy the first `len` elements to host memory, behind all ops before. Until [`Backend::wait`] the source
+    /// must stay as it is.
+    fn send(&mut self, to: &mut Self::Host, from: &Self::Act, len: usize) -> Result<Self::Ticket>;
+    /// Begins to copy `len` elements back, behind all ops before. Until [`Backend::wait`] no op may touch `to`.
+    fn fetch(&mut self, to: &mut Self::Act, from: &Self::Host, len: usize) -> Result<Self::Ticket>;
+    /// Every op from now on comes behind the end of this copy.
+    fn wait(&mut self, copy: Self::Ticket) -> Result<()>;
 
     // ---- moves between host and device; `src`/`dst` may be shorter than the buffer, the rest is left as it is ----------
 
@@ -94,8 +144,90 @@ pub trait Backend: Sized {
     fn attention_decode(&mut self, a: AttentionDecode<Self>) -> Result<()>;
 }
 
+/// A part of a step, for the timeline of a profiler and for the place in an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Optimizer step, from 1.
+    Step(u64),
+    Forward,
+    Backward,
+    Layer(usize),
+    /// Forward of a layer again, for backward.
+    Recompute(usize),
+    Head,
+    Optimizer,
+    Decode,
+}
+
+/// What decides which ops a micro-step launches, and on what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StepKey {
+    /// A number of the model in this process: models do not share buffers.
+    pub model: u64,
+    pub kind: StepKind,
+    /// T, B and M as [`Batch`] holds them, padded; of decoding: T, 1, 1.
+    pub t: usize,
+    pub b: usize,
+    pub m: usize,
+    /// Bits of p and the seed of [`Dropout`].
+    pub dropout: Option<(u32, u64)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StepKind {
+    Train,
+    Loss,
+    Decode,
+}
+
+/// What memory is for: the rows of the plan's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Item {
+    /// Token embedding and lm_head, norms of the model.
+    Embedding,
+    /// Frozen projections, norms and biases of the layers.
+    Weights,
+    /// Working copy of the adapter.
+    Adapter,
+    /// f32 gradients of the adapter.
+    Gradients,
+    /// Layer inputs and what else is kept for backward.
+    Activations,
+    /// Buffers that every layer uses in turn.
+    Scratch,
+    /// Scratch of the ops: dequantised slices, logits of a chunk, partial sums.
+    Workspace,
+    /// Tokens, positions, targets.
+    Batch,
+    KvCache,
+    Optimizer,
+}
+
+/// The sizes that the scratch of the ops follows from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// T: the most tokens of a micro-batch.
+    pub t: usize,
+    /// C and V of the model.
+    pub c: usize,
+    pub v: usize,
+    /// Most elements N*K of one 4-bit projection, and of all 4-bit projections of a group.
+    pub part: usize,
+    pub group: usize,
+    /// Widest N and K of a group of projections, and its widest R.
+    pub n: usize,
+    pub k: usize,
+    pub r: usize,
+    /// P
+    pub trainable: usize,
+    pub heads: Option<Heads>,
+    /// Whether backward runs, and whether dropout does.
+    pub train: bool,
+    pub dropout: bool,
+}
+
 /// Heads of the attention and the layout of `qkv` (T, (H + 2G) * D): H query heads, then G key heads, then G value heads.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     pub h: usize,
     pub g: usize,
@@ -283,12 +415,10 @@ pub struct SwigluForward<'a, B: Backend> {
 }
 
 pub struct SwigluBackward<'a, B: Backend> {
-    /// (T, 2F) =
-    pub d_gate_up: &'a mut B::Act,
+    /// (T, 2F) in: gate, then up; out: their gradients
+    pub gate_up: &'a mut B::Act,
     /// (T, F)
     pub dy: &'a B::Act,
-    /// (T, 2F)
-    pub gate_up: &'a B::Act,
     pub t: usize,
     pub f: usize,
 }
@@ -364,6 +494,8 @@ pub struct HeadLogits<'a, B: Backend> {
 pub enum OptimKind {
     AdamwTorch,
     PagedAdamw32bit,
+    /// m and v in 8 bits, blocks of 256, as bitsandbytes keeps them.
+    PagedAdamw8bit,
 }
 
 /// AdamW's state of all P trainable weights, on the host.

@@ -85,8 +85,6 @@ pub(super) struct Grads<B: Backend> {
     pub d_norm: B::Act,
     /// (T, F)
     d_act: B::Act,
-    /// (T, 2F)
-    d_gate_up: B::Act,
     /// (T, H*D)
     d_o: B::Act,
     /// (T, (H+2G)*D)
@@ -265,7 +263,7 @@ impl<B: Backend> Block<B> {
         bottom: Option<Stage>,
     ) -> Result<()> {
         let LayerBuffers { input, saved, scratch } = buffers;
-        let Grads { dres, d_norm, d_act, d_gate_up, d_o, dqkv, delta, dh, d_lora } = grads;
+        let Grads { dres, d_norm, d_act, d_o, dqkv, delta, dh, d_lora } = grads;
         let (t, c, f, eps, heads, dropout) = (pass.t, self.qkv.k, self.down.k, pass.eps, self.heads, pass.dropout);
         let (positions, inv_freq) = (pass.positions, pass.inv_freq);
         let lora = pass.lora.expect("backward runs with an adapter");
@@ -279,13 +277,19 @@ impl<B: Backend> Block<B> {
         if !above(Stage::Down) {
             return Ok(());
         }
-        backend.swiglu_backward(SwigluBackward { d_gate_up, dy: d_act, gate_up: &saved.gate_up, t, f })?;
+        // In place: what was kept of gate and up is not needed again.
+        backend.swiglu_backward(SwigluBackward { gate_up: &mut saved.gate_up, dy: d_act, t, f })?;
 
         // gate and up; their input, the output of norm2, is recomputed.
         let (y, rstd, x, w) = (&mut scratch.norm, &mut saved.rstd2, &saved.x_mid, &self.norm2);
         backend.rmsnorm_forward(RmsNormForward { y, rstd, x, residual: None, w, t, c, eps })?;
-        let (dx, dy, x, h, w) =
-            (above(Stage::GateUp).then_some(&mut *d_norm), &*d_gate_up, &scratch.norm, &saved.h_gate_up, &self.gate_up);
+        let (dx, dy, x, h, w) = (
+            above(Stage::GateUp).then_some(&mut *d_norm),
+            &saved.gate_up,
+            &scratch.norm,
+            &saved.h_gate_up,
+            &self.gate_up,
+        );
         backend.linear_backward(LinearBackward { dx, d_lora, dh, dy, x, h, w, lora, t, dropout })?;
         if !above(Stage::GateUp) {
             return Ok(());
@@ -389,7 +393,6 @@ impl<B: Backend> Grads<B> {
             dres: backend.alloc_act(t * c)?,
             d_norm: backend.alloc_act(t * c)?,
             d_act: backend.alloc_act(t * f)?,
-            d_gate_up: backend.alloc_act(t * 2 * f)?,
             d_o: backend.alloc_act(t * h * d)?,
             dqkv: backend.alloc_act(t * (h + 2 * g) * d)?,
             delta: backend.alloc_f32(t * h)?,

@@ -6,7 +6,9 @@ use std::time::Instant;
 use half::bf16;
 use halfbyte::Error;
 use halfbyte::backend::cuda::Cuda;
-use halfbyte::backend::cuda::ops::{self, Absmax, Nf4Dequantize, Nf4DoubleQuantize, Nf4Quantize, Output, Source};
+use halfbyte::backend::cuda::ops::nf4::{
+    self as ops, Absmax, Nf4Dequantize, Nf4DoubleQuantize, Nf4Quantize, Output, Source,
+};
 use halfbyte::nf4::{BLOCK, NESTED_BLOCK, QuantType};
 use libtest_mimic::{Failed, Measurement, Trial};
 
@@ -65,7 +67,7 @@ fn copy(test_mode: bool) -> Result<Option<Measurement>, Failed> {
     let cuda = Cuda::open(0)?;
     let from = [cuda.upload(&weight())?, cuda.upload(&weight())?];
     let mut to = [cuda.zeros::<bf16>(N)?, cuda.zeros::<bf16>(N)?];
-    measure(&cuda, test_mode, "copy", 4 * N, |i| cuda.copy(&mut to[i % 2], &from[i % 2]))
+    measure(&cuda, test_mode, "copy", 4 * N, |i| cuda.copy(to[i % 2].view_mut(), from[i % 2].view()))
 }
 
 fn quantize(test_mode: bool) -> Result<Option<Measurement>, Failed> {
@@ -78,10 +80,10 @@ fn quantize(test_mode: bool) -> Result<Option<Measurement>, Failed> {
     let mut scratch = cuda.zeros(ops::DOUBLE_QUANTIZE_SCRATCH)?;
     let bytes = 2 * N + N / 2 + blocks;
     measure(&cuda, test_mode, "nf4_quantize, double, from bf16", bytes, |i| {
-        let (packed, absmax, x) = (&mut packed, &mut absmax, Source::Bf16(&x[i % 2]));
-        ops::nf4_quantize(&cuda, Nf4Quantize { packed, absmax, x, quant_type: QuantType::Nf4 })?;
-        let (codes, nested_absmax, offset) = (&mut codes, &mut nested_absmax, &mut offset);
-        let scratch = &mut scratch;
+        let (packed, x) = (packed.view_mut(), Source::Bf16(x[i % 2].view()));
+        ops::nf4_quantize(&cuda, Nf4Quantize { packed, absmax: absmax.view_mut(), x, quant_type: QuantType::Nf4 })?;
+        let (codes, nested_absmax, offset) = (codes.view_mut(), nested_absmax.view_mut(), offset.view_mut());
+        let (scratch, absmax) = (scratch.view_mut(), absmax.view());
         ops::nf4_double_quantize(&cuda, Nf4DoubleQuantize { codes, nested_absmax, offset, scratch, absmax })
     })
 }
@@ -99,8 +101,9 @@ fn dequantize(test_mode: bool) -> Result<Option<Measurement>, Failed> {
     let mut out = [cuda.zeros::<bf16>(N)?, cuda.zeros::<bf16>(N)?];
     let bytes = N / 2 + blocks + 4 * blocks.div_ceil(NESTED_BLOCK) + 2 * N;
     measure(&cuda, test_mode, "nf4_dequantize, double, to bf16", bytes, |i| {
-        let absmax = Absmax::Double { codes: &codes[i % 2], nested_absmax: &nested_absmax, offset: &offset };
-        let (out, packed) = (Output::Bf16(&mut out[i % 2]), &packed[i % 2]);
+        let absmax =
+            Absmax::Double { codes: codes[i % 2].view(), nested_absmax: nested_absmax.view(), offset: offset.view() };
+        let (out, packed) = (Output::Bf16(out[i % 2].view_mut()), packed[i % 2].view());
         ops::nf4_dequantize(&cuda, Nf4Dequantize { out, packed, absmax, quant_type: QuantType::Nf4 })
     })
 }

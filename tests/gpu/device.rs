@@ -5,7 +5,7 @@ use halfbyte::backend::cuda::Cuda;
 use halfbyte::backend::cuda::device::Driver;
 use libtest_mimic::Trial;
 
-use crate::{Outcome, same};
+use crate::support::{Outcome, same};
 
 pub fn trials() -> Vec<Trial> {
     vec![

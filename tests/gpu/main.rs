@@ -3,17 +3,27 @@
 //!
 //! Fixture cases come from the folder that HALFBYTE_FIXTURES names (default `tests/fixtures`).
 
+mod adamw;
+mod attention;
 mod bench;
+mod cross_entropy;
+mod decode;
 mod device;
+mod embedding;
+mod gemm;
+mod grad_norm;
+mod lora;
 mod nf4;
+mod nf4_gemm;
+mod rmsnorm;
+mod rope;
+mod support;
+mod swiglu;
 
 use std::path::{Path, PathBuf};
 
 use halfbyte::backend::cuda::Cuda;
-use libtest_mimic::{Arguments, Failed};
-
-/// What a test returns: the message of a failure converts into it.
-type Outcome = Result<(), Failed>;
+use libtest_mimic::Arguments;
 
 fn main() {
     let args = Arguments::from_args();
@@ -23,6 +33,18 @@ fn main() {
     };
     let mut trials = nf4::trials(&root.join("nf4"));
     trials.extend(device::trials());
+    trials.extend(adamw::trials());
+    trials.extend(attention::trials());
+    trials.extend(cross_entropy::trials());
+    trials.extend(decode::trials());
+    trials.extend(embedding::trials());
+    trials.extend(gemm::trials());
+    trials.extend(grad_norm::trials());
+    trials.extend(lora::trials());
+    trials.extend(nf4_gemm::trials());
+    trials.extend(rmsnorm::trials());
+    trials.extend(rope::trials());
+    trials.extend(swiglu::trials());
     // Only where asked for: nextest does not know libtest-mimic's word for a bench.
     if args.bench {
         trials.extend(bench::trials());
@@ -33,17 +55,4 @@ fn main() {
         trials = trials.into_iter().map(|t| t.with_kind(why.clone()).with_ignored_flag(true)).collect();
     }
     libtest_mimic::run(&args, trials).exit();
-}
-
-/// Fails unless the two are equal, bit for bit; names the first place where they are not.
-fn same<T: bytemuck::Pod>(what: &str, found: &[T], expected: &[T]) -> Outcome {
-    if found.len() != expected.len() {
-        return Err(format!("{what}: {} elements, expected {}", found.len(), expected.len()).into());
-    }
-    let differs = |(a, b): (&T, &T)| bytemuck::bytes_of(a) != bytemuck::bytes_of(b);
-    let Some(first) = found.iter().zip(expected).position(differs) else { return Ok(()) };
-    let count = found.iter().zip(expected).filter(|&pair| differs(pair)).count();
-    let hex = |x: &T| bytemuck::bytes_of(x).iter().rev().map(|b| format!("{b:02x}")).collect::<String>();
-    let (a, b) = (hex(&found[first]), hex(&expected[first]));
-    Err(format!("{what}: {count} of {} differ, the first is {first}: 0x{a}, expected 0x{b}", found.len()).into())
 }

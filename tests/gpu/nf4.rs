@@ -3,18 +3,16 @@
 
 use std::path::{Path, PathBuf};
 
-use bytemuck::Pod;
 use half::{bf16, f16};
 use halfbyte::Error;
 use halfbyte::backend::cuda::Cuda;
-use halfbyte::backend::cuda::memory::Buffer;
-use halfbyte::backend::cuda::ops::{self, Nf4Dequantize, Nf4DoubleQuantize, Nf4Quantize, Output, Source};
+use halfbyte::backend::cuda::ops::nf4::{self as ops, Nf4Dequantize, Nf4DoubleQuantize, Nf4Quantize, Output, Source};
 use halfbyte::checkpoint::safetensors_file::SafeTensors;
 use halfbyte::nf4::{Absmax, BLOCK, NESTED_BLOCK, QuantType, Quantized, quantize};
 use halfbyte::tensor::{Dtype, HostTensor};
 use libtest_mimic::{Failed, Trial};
 
-use crate::{Outcome, same};
+use crate::support::{Outcome, elements, poisoned, same};
 
 /// Around blocks, bytes, vectors of 8, a CTA's share (2048 and 8192), a nested block (16384), and beyond.
 const SIZES: [usize; 19] =
@@ -168,15 +166,20 @@ fn wrong_sizes() -> Outcome {
     let cuda = Cuda::open(0)?;
     let x = cuda.upload(&[1.0f32; 130])?;
     let (mut packed, mut absmax) = (cuda.zeros::<u8>(65)?, cuda.zeros::<f32>(2)?);
-    let op = Nf4Quantize { packed: &mut packed, absmax: &mut absmax, x: Source::F32(&x), quant_type: QuantType::Nf4 };
+    let op = Nf4Quantize {
+        packed: packed.view_mut(),
+        absmax: absmax.view_mut(),
+        x: Source::F32(x.view()),
+        quant_type: QuantType::Nf4,
+    };
     let error = ops::nf4_quantize(&cuda, op).err().ok_or("an absmax too short was taken")?;
     let named = matches!(error, Error::Shape { op: "nf4_quantize", argument: "absmax", found: 2, expected: 3 });
     assert!(named, "{error}");
     let mut out = cuda.zeros::<bf16>(131)?;
     let op = Nf4Dequantize {
-        out: Output::Bf16(&mut out),
-        packed: &packed,
-        absmax: ops::Absmax::Plain(&absmax),
+        out: Output::Bf16(out.view_mut()),
+        packed: packed.view(),
+        absmax: ops::Absmax::Plain(absmax.view()),
         quant_type: QuantType::Nf4,
     };
     let error = ops::nf4_dequantize(&cuda, op).err().ok_or("packed too short was taken")?;
@@ -185,27 +188,18 @@ fn wrong_sizes() -> Outcome {
     Ok(())
 }
 
-/// An output full of bytes that no op leaves behind by chance.
-fn poisoned<T: Pod>(cuda: &Cuda, len: usize) -> Result<Buffer<T>, Error> {
-    cuda.upload(&elements::<T>(&vec![0xa5; len * size_of::<T>()]))
-}
-
-fn elements<T: Pod>(bytes: &[u8]) -> Vec<T> {
-    let mut all = vec![T::zeroed(); bytes.len() / size_of::<T>()];
-    bytemuck::cast_slice_mut(&mut all).copy_from_slice(bytes);
-    all
-}
-
 fn gpu_quantize(cuda: &Cuda, x: &HostTensor, quant_type: QuantType, double_quant: bool) -> Result<Quantized, Error> {
     let blocks = x.len().div_ceil(BLOCK);
     let mut packed = poisoned::<u8>(cuda, x.len().div_ceil(2))?;
     let mut absmax = poisoned::<f32>(cuda, blocks)?;
-    let (packed_out, absmax_out) = (&mut packed, &mut absmax);
-    let mut run = |x| ops::nf4_quantize(cuda, Nf4Quantize { packed: packed_out, absmax: absmax_out, x, quant_type });
+    let mut run = |x| {
+        let (packed, absmax) = (packed.view_mut(), absmax.view_mut());
+        ops::nf4_quantize(cuda, Nf4Quantize { packed, absmax, x, quant_type })
+    };
     match x.dtype {
-        Dtype::F32 => run(Source::F32(&cuda.upload(&elements(x.bytes()))?)),
-        Dtype::Bf16 => run(Source::Bf16(&cuda.upload(&elements(x.bytes()))?)),
-        Dtype::F16 => run(Source::F16(&cuda.upload(&elements(x.bytes()))?)),
+        Dtype::F32 => run(Source::F32(cuda.upload(&elements(x.bytes()))?.view())),
+        Dtype::Bf16 => run(Source::Bf16(cuda.upload(&elements(x.bytes()))?.view())),
+        Dtype::F16 => run(Source::F16(cuda.upload(&elements(x.bytes()))?.view())),
     }?;
     let absmax = if double_quant {
         let mut codes = poisoned::<u8>(cuda, blocks)?;
@@ -213,11 +207,11 @@ fn gpu_quantize(cuda: &Cuda, x: &HostTensor, quant_type: QuantType, double_quant
         let mut offset = poisoned::<f32>(cuda, 1)?;
         let mut scratch = poisoned::<f64>(cuda, ops::DOUBLE_QUANTIZE_SCRATCH)?;
         let op = Nf4DoubleQuantize {
-            codes: &mut codes,
-            nested_absmax: &mut nested_absmax,
-            offset: &mut offset,
-            scratch: &mut scratch,
-            absmax: &absmax,
+            codes: codes.view_mut(),
+            nested_absmax: nested_absmax.view_mut(),
+            offset: offset.view_mut(),
+            scratch: scratch.view_mut(),
+            absmax: absmax.view(),
         };
         ops::nf4_double_quantize(cuda, op)?;
         let (codes, nested_absmax) = (cuda.download(&codes)?, cuda.download(&nested_absmax)?);
@@ -234,18 +228,19 @@ fn gpu_dequantize(cuda: &Cuda, q: &Quantized) -> Result<(Vec<f32>, Vec<bf16>), E
     let packed = cuda.upload(&q.packed)?;
     let mut wide = poisoned::<f32>(cuda, q.len())?;
     let mut narrow = poisoned::<bf16>(cuda, q.len())?;
-    for out in [Output::F32(&mut wide), Output::Bf16(&mut narrow)] {
+    for out in [Output::F32(wide.view_mut()), Output::Bf16(narrow.view_mut())] {
         match &q.absmax {
             Absmax::Plain(absmax) => {
                 let absmax = cuda.upload(absmax)?;
-                let absmax = ops::Absmax::Plain(&absmax);
-                ops::nf4_dequantize(cuda, Nf4Dequantize { out, packed: &packed, absmax, quant_type: q.quant_type })?;
+                let (packed, absmax) = (packed.view(), ops::Absmax::Plain(absmax.view()));
+                ops::nf4_dequantize(cuda, Nf4Dequantize { out, packed, absmax, quant_type: q.quant_type })?;
             }
             Absmax::Double { codes, nested_absmax, offset } => {
                 let (codes, nested_absmax) = (cuda.upload(codes)?, cuda.upload(nested_absmax)?);
                 let offset = cuda.upload(&[*offset])?;
-                let absmax = ops::Absmax::Double { codes: &codes, nested_absmax: &nested_absmax, offset: &offset };
-                ops::nf4_dequantize(cuda, Nf4Dequantize { out, packed: &packed, absmax, quant_type: q.quant_type })?;
+                let (packed, codes, nested_absmax) = (packed.view(), codes.view(), nested_absmax.view());
+                let absmax = ops::Absmax::Double { codes, nested_absmax, offset: offset.view() };
+                ops::nf4_dequantize(cuda, Nf4Dequantize { out, packed, absmax, quant_type: q.quant_type })?;
             }
         }
     }

@@ -184,12 +184,22 @@ fn copy_out<T: Copy>(op: &'static str, src: &[T], dst: &mut [T]) -> Result<()> {
     Ok(())
 }
 
+/// The first `len` elements.
+fn copy(op: &'static str, to: &mut [f32], from: &[f32], len: usize) -> Result<()> {
+    at_least(op, "to", to.len(), len)?;
+    at_least(op, "from", from.len(), len)?;
+    to[..len].copy_from_slice(&from[..len]);
+    Ok(())
+}
+
 impl Backend for Cpu {
     type Act = Vec<f32>;
     type F32 = Vec<f32>;
     type I32 = Vec<i32>;
     type Matrix = Matrix;
     type Optimizer = OptimizerState;
+    type Host = Vec<f32>;
+    type Ticket = ();
 
     fn describe(&self) -> String {
         let s = if self.threads == 1 { "" } else { "s" };
@@ -214,6 +224,22 @@ impl Backend for Cpu {
 
     fn new_optimizer(&mut self, _kind: OptimKind, init: &[f32]) -> Result<OptimizerState> {
         Ok(OptimizerState { master: init.to_vec(), m: vec![0.0; init.len()], v: vec![0.0; init.len()] })
+    }
+
+    fn alloc_host(&mut self, len: usize) -> Result<Vec<f32>> {
+        Ok(vec![0.0; len])
+    }
+
+    fn send(&mut self, to: &mut Vec<f32>, from: &Vec<f32>, len: usize) -> Result<()> {
+        copy("send", to, from, len)
+    }
+
+    fn fetch(&mut self, to: &mut Vec<f32>, from: &Vec<f32>, len: usize) -> Result<()> {
+        copy("fetch", to, from, len)
+    }
+
+    fn wait(&mut self, (): ()) -> Result<()> {
+        Ok(())
     }
 
     fn write_act(&mut self, dst: &mut Vec<f32>, src: &[f32]) -> Result<()> {

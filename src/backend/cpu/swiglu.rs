@@ -33,27 +33,22 @@ pub(super) fn forward(a: SwigluForward<Cpu>) -> Result<()> {
 pub(super) fn backward(a: SwigluBackward<Cpu>) -> Result<()> {
     let (t, f) = (a.t, a.f);
     at_least("swiglu_backward", "f", f, 1)?;
-    at_least("swiglu_backward", "d_gate_up", a.d_gate_up.len(), t * 2 * f)?;
-    at_least("swiglu_backward", "dy", a.dy.len(), t * f)?;
     at_least("swiglu_backward", "gate_up", a.gate_up.len(), t * 2 * f)?;
+    at_least("swiglu_backward", "dy", a.dy.len(), t * f)?;
     let rows = rows_per_task(f);
-    let tasks = (a.d_gate_up[..t * 2 * f].par_chunks_mut(rows * 2 * f))
-        .zip(a.dy[..t * f].par_chunks(rows * f))
-        .zip(a.gate_up[..t * 2 * f].par_chunks(rows * 2 * f));
-    tasks.for_each(|((d, dy), gate_up)| {
+    let tasks = a.gate_up[..t * 2 * f].par_chunks_mut(rows * 2 * f).zip(a.dy[..t * f].par_chunks(rows * f));
+    tasks.for_each(|(gate_up, dy)| {
         simd(
             #[inline(always)]
             || {
-                let rows = d.chunks_exact_mut(2 * f).zip(dy.chunks_exact(f)).zip(gate_up.chunks_exact(2 * f));
-                for ((d, dy), gate_up) in rows {
-                    let (d_gate, d_up) = d.split_at_mut(f);
-                    let (gate, up) = gate_up.split_at(f);
-                    for i in 0..f {
-                        let (g, u, dy) = (gate[i], up[i], dy[i]);
-                        let s = sigmoid(g);
+                for (gate_up, dy) in gate_up.chunks_exact_mut(2 * f).zip(dy.chunks_exact(f)) {
+                    let (gate, up) = gate_up.split_at_mut(f);
+                    for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+                        let (gate, up) = (*g, *u);
+                        let s = sigmoid(gate);
                         // silu'(g) = s + g s (1 - s)
-                        d_gate[i] = dy * u * s * (1.0 + g * (1.0 - s));
-                        d_up[i] = dy * g * s;
+                        *g = dy * up * s * (1.0 + gate * (1.0 - s));
+                        *u = dy * gate * s;
                     }
                 }
             },

@@ -1,21 +1,80 @@
-//! Buffers in device memory.
+//! Device memory: one arena that all buffers of a run are cut from, and views of buffers for the ops.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
 
 use super::{Cuda, driver_error};
 use crate::error::{Error, Result};
 
-/// `len` elements of T in the memory of one GPU, freed on drop. Allocated at set-up, never inside a step.
-pub struct Buffer<T> {
+/// Buffers start at multiples of this many bytes: what cudaMalloc gives, and enough for every vector and TMA access.
+pub const ALIGNMENT: usize = 256;
+
+/// One device allocation that buffers are cut from in order. They are never given back singly.
+pub(super) struct Arena {
     /// At least one byte: the driver refuses to allocate none.
     bytes: CudaSlice<u8>,
+    base: u64,
+    used: AtomicUsize,
+}
+
+impl Arena {
+    /// The address of `bytes` more bytes, or what was left if that is too little.
+    fn take(&self, bytes: usize) -> Result<u64, usize> {
+        let size = self.bytes.len();
+        let rounded = bytes.next_multiple_of(ALIGNMENT);
+        let add = |used: usize| used.checked_add(rounded).filter(|&end| end <= size);
+        let before = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).map_err(|used| size - used)?;
+        Ok(self.base + before as u64)
+    }
+}
+
+/// Keeps the memory of a buffer alive.
+enum Owner {
+    /// An allocation of its own: tests and tools, where no arena was reserved.
+    Alone {
+        _bytes: CudaSlice<u8>,
+    },
+    Arena {
+        _arena: Arc<Arena>,
+    },
+}
+
+/// `len` elements of T in the memory of one GPU. Allocated at set-up, never inside a step.
+pub struct Buffer<T> {
+    address: u64,
     len: usize,
+    stream: Arc<CudaStream>,
+    _owner: Owner,
     element: PhantomData<T>,
 }
+
+/// Elements that an op reads.
+pub struct View<'a, T> {
+    address: u64,
+    len: usize,
+    stream: *const CudaStream,
+    buffer: PhantomData<&'a T>,
+}
+
+/// Elements that an op writes.
+pub struct ViewMut<'a, T> {
+    address: u64,
+    len: usize,
+    stream: *const CudaStream,
+    buffer: PhantomData<&'a mut T>,
+}
+
+impl<T> Clone for View<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for View<'_, T> {}
 
 impl<T> Buffer<T> {
     /// Number of elements.
@@ -26,64 +85,210 @@ impl<T> Buffer<T> {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// All of it, to read.
+    pub fn view(&self) -> View<'_, T> {
+        View { address: self.address, len: self.len, stream: Arc::as_ptr(&self.stream), buffer: PhantomData }
+    }
+
+    /// All of it, to write.
+    pub fn view_mut(&mut self) -> ViewMut<'_, T> {
+        ViewMut { address: self.address, len: self.len, stream: Arc::as_ptr(&self.stream), buffer: PhantomData }
+    }
+
+    /// The elements of `range`. Panics if it leaves the buffer.
+    pub fn range(&self, range: Range<usize>) -> View<'_, T> {
+        self.view().range(range)
+    }
+
+    /// The elements of `range`. Panics if it leaves the buffer.
+    pub fn range_mut(&mut self, range: Range<usize>) -> ViewMut<'_, T> {
+        self.view_mut().into_range(range)
+    }
+}
+
+impl<'a, T> View<'a, T> {
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The elements of `range`. Panics if it leaves the view.
+    pub fn range(self, range: Range<usize>) -> View<'a, T> {
+        assert!(range.start <= range.end && range.end <= self.len, "range {range:?} of {} elements", self.len);
+        View { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), ..self }
+    }
+}
+
+impl<'a, T> ViewMut<'a, T> {
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The elements of `range`. Panics if it leaves the view.
+    pub fn into_range(self, range: Range<usize>) -> ViewMut<'a, T> {
+        assert!(range.start <= range.end && range.end <= self.len, "range {range:?} of {} elements", self.len);
+        ViewMut { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), ..self }
+    }
+
+    /// The same elements for a shorter time.
+    pub fn reborrow(&mut self) -> ViewMut<'_, T> {
+        ViewMut { address: self.address, len: self.len, stream: self.stream, buffer: PhantomData }
+    }
+
+    /// The same elements, to read.
+    pub fn as_view(&self) -> View<'_, T> {
+        View { address: self.address, len: self.len, stream: self.stream, buffer: PhantomData }
+    }
 }
 
 impl Cuda {
-    /// A buffer of copies of `values`.
-    pub fn upload<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>> {
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        let copied = self.stream.clone_htod(if bytes.is_empty() { &[0][..] } else { bytes });
-        let bytes = copied.map_err(|e| driver_error(format!("allocating {} bytes", bytes.len()), e))?;
-        Ok(Buffer { bytes, len: values.len(), element: PhantomData })
+    /// Makes the one allocation that every buffer from now on is cut from. [`Error::Cuda`] if the card has less free.
+    pub fn reserve(&mut self, bytes: usize) -> Result<()> {
+        let name = || format!("reserving {bytes} bytes of device memory");
+        // SAFETY: the bytes are written before they are read: a buffer is zeroed or filled by whoever allocates it.
+        let bytes = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.map_err(|e| driver_error(name(), e))?;
+        let base = bytes.device_ptr(&self.stream).0;
+        self.arena = Some(Arc::new(Arena { bytes, base, used: AtomicUsize::new(0) }));
+        Ok(())
+    }
+
+    /// Bytes taken from the arena, and its size; None where none was reserved.
+    pub fn arena_use(&self) -> Option<(usize, usize)> {
+        self.arena.as_ref().map(|a| (a.used.load(Ordering::Relaxed), a.bytes.len()))
+    }
+
+    /// A buffer of `len` elements with whatever lies there.
+    fn allocate<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let size = len.checked_mul(size_of::<T>()).filter(|&size| size <= isize::MAX as usize / 2);
+        let too_large = || Error::Cuda { op: "allocating".into(), detail: format!("{len} elements exceed any memory") };
+        let size = size.ok_or_else(too_large)?;
+        let (address, owner) = match &self.arena {
+            Some(arena) => {
+                let full = |left| Error::Cuda {
+                    op: "arena".into(),
+                    detail: format!(
+                        "{size} bytes asked for, {left} of {} left: the plan counted less",
+                        arena.bytes.len()
+                    ),
+                };
+                (arena.take(size).map_err(full)?, Owner::Arena { _arena: arena.clone() })
+            }
+            None => {
+                // SAFETY: as in `reserve`.
+                let bytes = unsafe { self.stream.alloc::<u8>(size.max(1)) };
+                let bytes = bytes.map_err(|e| driver_error(format!("allocating {size} bytes"), e))?;
+                let address = bytes.device_ptr(&self.stream).0;
+                (address, Owner::Alone { _bytes: bytes })
+            }
+        };
+        Ok(Buffer { address, len, stream: self.stream.clone(), _owner: owner, element: PhantomData })
     }
 
     /// A buffer of `len` elements whose bytes are all zero.
     pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
-        let size = len.checked_mul(size_of::<T>()).filter(|&size| size <= isize::MAX as usize);
-        let too_large = || Error::Cuda { op: "allocating".into(), detail: format!("{len} elements exceed any memory") };
-        let size = size.ok_or_else(too_large)?;
-        let bytes = self.stream.alloc_zeros(size.max(1));
-        let bytes = bytes.map_err(|e| driver_error(format!("allocating {size} bytes"), e))?;
-        Ok(Buffer { bytes, len, element: PhantomData })
+        let mut buffer = self.allocate(len)?;
+        self.zero(buffer.view_mut())?;
+        Ok(buffer)
+    }
+
+    /// A buffer of copies of `values`.
+    pub fn upload<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.allocate(values.len())?;
+        self.write(buffer.view_mut(), values)?;
+        Ok(buffer)
+    }
+
+    /// All bytes of `to` become zero.
+    pub fn zero<T: Pod>(&self, to: ViewMut<T>) -> Result<()> {
+        let address = self.ptr_mut(&to)? as u64;
+        self.bind()?;
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the view is `len` elements of live device memory, written in stream order.
+        let set = unsafe { result::memset_d8_async(address, 0, to.len * size_of::<T>(), self.stream.cu_stream()) };
+        set.map_err(|e| driver_error("cuMemsetD8Async", e))
+    }
+
+    /// to = values. [`Error::Shape`] if `values` is longer; elements behind it stay. `values` may be reused on return.
+    pub fn write<T: Pod>(&self, to: ViewMut<T>, values: &[T]) -> Result<()> {
+        if values.len() > to.len {
+            return Err(Error::Shape { op: "write", argument: "values", found: values.len(), expected: to.len });
+        }
+        let address = self.ptr_mut(&to)? as u64;
+        self.bind()?;
+        if values.is_empty() {
+            return Ok(());
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        // SAFETY: the view has room for `values` (checked above). The driver has read pageable memory when it returns.
+        unsafe { result::memcpy_htod_async(address, bytes, self.stream.cu_stream()) }
+            .map_err(|e| driver_error("cuMemcpyHtoDAsync", e))
+    }
+
+    /// values = the first elements of `from`. Waits for the work launched before.
+    pub fn read<T: Pod>(&self, from: View<T>, values: &mut [T]) -> Result<()> {
+        if values.len() > from.len {
+            return Err(Error::Shape { op: "read", argument: "values", found: values.len(), expected: from.len });
+        }
+        let address = self.ptr(&from)? as u64;
+        self.bind()?;
+        if !values.is_empty() {
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
+            // SAFETY: the view has at least `values.len()` elements (checked above), and the stream is waited for below,
+            // before `values` can go away.
+            unsafe { result::memcpy_dtoh_async(bytes, address, self.stream.cu_stream()) }
+                .map_err(|e| driver_error("cuMemcpyDtoHAsync", e))?;
+        }
+        self.synchronize()
     }
 
     /// All elements of a buffer. Waits for the work launched before.
     pub fn download<T: Pod>(&self, buffer: &Buffer<T>) -> Result<Vec<T>> {
-        self.own(&buffer.bytes)?;
         let mut values = vec![T::zeroed(); buffer.len];
-        if !values.is_empty() {
-            let into: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
-            self.stream.memcpy_dtoh(&buffer.bytes, into).map_err(|e| driver_error("cuMemcpyDtoHAsync", e))?;
-        }
-        self.synchronize()?;
+        self.read(buffer.view(), &mut values)?;
         Ok(values)
     }
 
     /// to = from, on the device. [`Error::Shape`] unless both have the same length.
-    pub fn copy<T: Pod>(&self, to: &mut Buffer<T>, from: &Buffer<T>) -> Result<()> {
+    pub fn copy<T: Pod>(&self, to: ViewMut<T>, from: View<T>) -> Result<()> {
         if to.len != from.len {
             return Err(Error::Shape { op: "copy", argument: "from", found: from.len, expected: to.len });
         }
-        self.own(&to.bytes)?;
-        self.own(&from.bytes)?;
-        self.stream.memcpy_dtod(&from.bytes, &mut to.bytes).map_err(|e| driver_error("cuMemcpyDtoDAsync", e))
+        let (to_address, from_address) = (self.ptr_mut(&to)? as u64, self.ptr(&from)? as u64);
+        self.bind()?;
+        if to.is_empty() {
+            return Ok(());
+        }
+        let bytes = to.len * size_of::<T>();
+        // SAFETY: both views have `len` elements of live device memory; the copy is ordered by the stream.
+        unsafe { result::memcpy_dtod_async(to_address, from_address, bytes, self.stream.cu_stream()) }
+            .map_err(|e| driver_error("cuMemcpyDtoDAsync", e))
     }
 
-    /// The address of a buffer that a kernel reads. It stays valid as long as the buffer lives.
-    pub(super) fn ptr<T>(&self, buffer: &Buffer<T>) -> Result<*const T> {
-        self.own(&buffer.bytes)?;
-        Ok(buffer.bytes.device_ptr(&self.stream).0 as *const T)
+    /// The address of elements that a kernel reads.
+    pub(super) fn ptr<T>(&self, view: &View<T>) -> Result<*const T> {
+        self.own(view.stream)?;
+        Ok(view.address as *const T)
     }
 
-    /// The address of a buffer that a kernel writes.
-    pub(super) fn ptr_mut<T>(&self, buffer: &mut Buffer<T>) -> Result<*mut T> {
-        self.own(&buffer.bytes)?;
-        Ok(buffer.bytes.device_ptr_mut(&self.stream).0 as *mut T)
+    /// The address of elements that a kernel writes.
+    pub(super) fn ptr_mut<T>(&self, view: &ViewMut<T>) -> Result<*mut T> {
+        self.own(view.stream)?;
+        Ok(view.address as *mut T)
     }
 
     /// Work on a buffer is ordered by its one stream alone, so a buffer of another [`Cuda`] is refused.
-    fn own(&self, bytes: &CudaSlice<u8>) -> Result<()> {
-        if Arc::ptr_eq(bytes.stream(), &self.stream) {
+    fn own(&self, stream: *const CudaStream) -> Result<()> {
+        if std::ptr::eq(stream, Arc::as_ptr(&self.stream)) {
             return Ok(());
         }
         Err(Error::Cuda { op: "buffer".into(), detail: "it belongs to another device or stream".into() })

@@ -21,6 +21,30 @@ pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     device: Device,
+    kernels: Kernels,
+    /// What buffers are cut from once it is reserved.
+    arena: Option<Arc<memory::Arena>>,
+}
+
+/// Which of the kernels written twice run: those for any card from sm_80 on, or those for Hopper (wgmma).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernels {
+    Sm80,
+    Sm90,
+}
+
+impl Kernels {
+    /// The best for a card of this compute capability, or what the environment variable `HALFBYTE_KERNELS` names.
+    fn pick(compute_capability: (u32, u32)) -> Result<Self> {
+        let best =
+            if compute_capability.0 == 9 && device::KERNEL_ARCHS.contains("sm_90a") { Self::Sm90 } else { Self::Sm80 };
+        match std::env::var("HALFBYTE_KERNELS").as_deref() {
+            Err(_) | Ok("") => Ok(best),
+            Ok("sm80") => Ok(Self::Sm80),
+            Ok("sm90") if best == Self::Sm90 => Ok(Self::Sm90),
+            Ok(other) => Err(Error::flag("HALFBYTE_KERNELS", format!("{other:?}"), "sm80, or sm90 on a Hopper card")),
+        }
+    }
 }
 
 impl Cuda {
@@ -44,7 +68,18 @@ impl Cuda {
         // buffers of another.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|e| driver_error("cuStreamCreate", e))?;
-        Ok(Self { context, stream, device })
+        let kernels = Kernels::pick(device.compute_capability)?;
+        Ok(Self { context, stream, device, kernels, arena: None })
+    }
+
+    /// Which kernels run.
+    pub fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
+    /// Makes this GPU's context the thread's current one.
+    fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|e| driver_error("cuCtxSetCurrent", e))
     }
 
     /// The GPU that this is.
@@ -54,7 +89,7 @@ impl Cuda {
 
     /// Free and total bytes of device memory.
     pub fn memory(&self) -> Result<(usize, usize)> {
-        self.context.bind_to_thread().map_err(|e| driver_error("cuCtxSetCurrent", e))?;
+        self.bind()?;
         self.context.mem_get_info().map_err(|e| driver_error("cuMemGetInfo", e))
     }
 

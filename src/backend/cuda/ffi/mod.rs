@@ -1,5 +1,19 @@
-//! The C side, declared: launchers of csrc/*.cu and a few calls of the CUDA runtime. The only extern block of the project.
-//! Each launcher's contract is the comment above it in its .cu file.
+//! The C side, declared: a few calls of the CUDA runtime, and the launchers of csrc/*.cu, a module for each .cu file. The
+//! only extern blocks of the project. Each launcher's contract is the comment above it in its .cu file.
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod decode;
+pub mod embedding;
+pub mod gemm;
+pub mod grad_norm;
+pub mod lora;
+pub mod nf4;
+pub mod nf4_gemm;
+pub mod rmsnorm;
+pub mod rope;
+pub mod swiglu;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -22,67 +36,11 @@ pub enum Dtype {
     F16 = 2,
 }
 
-/// As csrc/nf4.cuh numbers them.
-#[repr(i32)]
-#[derive(Clone, Copy)]
-pub enum QuantType {
-    Nf4 = 0,
-    Fp4 = 1,
-}
-
-#[repr(C)]
-pub struct Nf4Quantize {
-    pub packed: *mut u8,
-    pub absmax: *mut f32,
-    pub x: *const c_void,
-    pub n: u64,
-    pub x_dtype: Dtype,
-    pub quant_type: QuantType,
-}
-
-#[repr(C)]
-pub struct Nf4DoubleQuantize {
-    pub codes: *mut u8,
-    pub nested_absmax: *mut f32,
-    pub offset: *mut f32,
-    pub partial: *mut f64,
-    pub absmax: *const f32,
-    pub blocks: u64,
-}
-
-/// `absmax` or, if that is null, the other three.
-#[repr(C)]
-pub struct Nf4Absmax {
-    pub absmax: *const f32,
-    pub codes: *const u8,
-    pub nested_absmax: *const f32,
-    pub offset: *const f32,
-}
-
-#[repr(C)]
-pub struct Nf4Dequantize {
-    pub out: *mut c_void,
-    pub packed: *const u8,
-    pub absmax: Nf4Absmax,
-    pub n: u64,
-    pub out_dtype: Dtype,
-    pub quant_type: QuantType,
-}
-
-// The same numbers stand in static_asserts of csrc/nf4.cu.
-const _: () = assert!(size_of::<Nf4Quantize>() == 40);
-const _: () = assert!(size_of::<Nf4DoubleQuantize>() == 48);
-const _: () = assert!(size_of::<Nf4Dequantize>() == 64);
-
 unsafe extern "C" {
     fn cudaRuntimeGetVersion(version: *mut c_int) -> Status;
     fn cudaSetDevice(device: c_int) -> Status;
     fn cudaGetErrorName(status: Status) -> *const c_char;
     fn cudaGetErrorString(status: Status) -> *const c_char;
-
-    pub fn nf4_quantize(args: *const Nf4Quantize, stream: Stream) -> Status;
-    pub fn nf4_double_quantize(args: *const Nf4DoubleQuantize, stream: Stream) -> Status;
-    pub fn nf4_dequantize(args: *const Nf4Dequantize, stream: Stream) -> Status;
 }
 
 impl Status {

@@ -1,0 +1,1 @@
+//! csrc/cross_entropy.cu behind checks.

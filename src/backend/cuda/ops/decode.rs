@@ -1,0 +1,1 @@
+//! csrc/decode.cu behind checks.

@@ -1,0 +1,1 @@
+//! csrc/embedding.cu behind checks.

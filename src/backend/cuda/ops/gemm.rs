@@ -1,0 +1,1 @@
+//! csrc/gemm.cu behind checks.

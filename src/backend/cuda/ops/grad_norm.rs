@@ -1,0 +1,1 @@
+//! csrc/grad_norm.cu behind checks.

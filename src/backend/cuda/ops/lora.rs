@@ -1,0 +1,1 @@
+//! csrc/lora.cu behind checks.

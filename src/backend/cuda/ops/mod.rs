@@ -1,0 +1,38 @@
+//! The launchers of csrc/*.cu behind checks, a module for each .cu file: an op looks at the sizes of its arguments once,
+//! and names itself and the argument that is wrong. Launches are asynchronous; [`Cuda::synchronize`] waits for them.
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod decode;
+pub mod embedding;
+pub mod gemm;
+pub mod grad_norm;
+pub mod lora;
+pub mod nf4;
+pub mod nf4_gemm;
+pub mod rmsnorm;
+pub mod rope;
+pub mod swiglu;
+
+use super::{Cuda, ffi};
+use crate::error::{Error, Result};
+
+impl Cuda {
+    /// The stream, with this GPU's context made current: the CUDA runtime launches into the thread's current context.
+    fn stream_for_launch(&self) -> Result<ffi::Stream> {
+        self.bind()?;
+        Ok(self.stream.cu_stream().cast())
+    }
+}
+
+/// An argument must have exactly `expected` elements.
+fn check(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
+}
+
+/// An argument must have `expected` elements or more: buffers are made for the largest micro-batch.
+#[expect(dead_code, reason = "the ops of the graph use it")]
+fn check_least(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found >= expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
+}

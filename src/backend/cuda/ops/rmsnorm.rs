@@ -1,0 +1,1 @@
+//! csrc/rmsnorm.cu behind checks.

@@ -1,0 +1,1 @@
+//! csrc/swiglu.cu behind checks.
