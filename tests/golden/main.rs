@@ -9,26 +9,27 @@ mod nf4;
 
 use std::path::{Path, PathBuf};
 
+use halfbyte::backend::cpu::Cpu;
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// How near is near enough, from the fixtures' README. Relative to the expected value; tensors by their L2 norm.
-mod tolerance {
-    pub const LOSS: f64 = 1e-5;
-    pub const LOGITS: f64 = 1e-5;
-    pub const GRADIENT: f64 = 1e-4;
-    /// Losses, gradient norms and the adapter over 20 steps of AdamW.
-    pub const TRAINING: f64 = 1e-4;
-    /// What those steps changed.
-    pub const UPDATE: f64 = 1e-3;
-    /// transformers in bf16 against us in f32.
-    pub const LOSS_IN_BF16: f64 = 5e-3;
-    /// Weights quantised anew: a different offset of the last place, nothing else.
-    pub const REQUANTISED: f64 = 1e-6;
-    /// Offset of double quantisation: the order of its sum is free.
-    pub const NESTED_OFFSET: f64 = 1e-6;
-    pub const NESTED_ABSMAX: f64 = 1e-5;
-    /// A double-quantised absmax may be one code off only this near a midpoint, in units of nested_absmax.
-    pub const NESTED_TIE: f32 = 1e-5;
+/// The CPU backend, with the tolerances of the fixtures' README.
+struct OnCpu;
+
+impl model::Device for OnCpu {
+    type Backend = Cpu;
+    const TOLERANCE: model::Tolerance = model::Tolerance {
+        loss: 1e-5,
+        logits: 1e-5,
+        gradient: 1e-4,
+        norm: 1e-4,
+        training: 1e-4,
+        adapter: 1e-4,
+        update: 1e-3,
+        packed: 1e-5,
+    };
+    fn open() -> Result<Cpu, Failed> {
+        Ok(Cpu::new(Some(2)))
+    }
 }
 
 fn main() {
@@ -55,9 +56,9 @@ fn find(root: &Path) -> Result<Vec<Trial>, Failed> {
         if name == "nf4" {
             trials.extend(nf4::cases(&root.join("nf4"))?);
         } else if name.contains("-nf4-") {
-            trials.extend(model::four_bit_cases(root, &name)?);
+            trials.extend(model::four_bit_cases::<OnCpu>(root, &name)?);
         } else if name.ends_with("-lora") {
-            trials.extend(model::lora_cases(root, &name)?);
+            trials.extend(model::lora_cases::<OnCpu>(root, &name)?);
         }
     }
     if trials.is_empty() {

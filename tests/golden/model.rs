@@ -1,10 +1,11 @@
-//! The whole engine on the CPU backend against transformers + PEFT in float32: `NAME-lora/` with expected.json beside the
-//! model directory `NAME`, and `NAME-nf4-*/`, the same model as transformers and bitsandbytes save it in 4 bits.
+//! The whole engine against transformers + PEFT in float32: `NAME-lora/` with expected.json beside the model directory
+//! `NAME`, and `NAME-nf4-*/`, the same model as transformers and bitsandbytes save it in 4 bits. Written once over the
+//! backend: the GPU tests run the same cases with the tolerances of bf16.
 
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use halfbyte::backend::cpu::Cpu;
 use halfbyte::backend::{Backend, Batch, HostBatch, IGNORE, OptimKind, ParamGroup};
 use halfbyte::checkpoint::dir::ModelDir;
 use halfbyte::checkpoint::{QuantConfig, peft};
@@ -15,14 +16,43 @@ use libtest_mimic::{Failed, Trial};
 use serde_json::Value;
 
 use crate::files::{Fixture, near, near_l2, same_bits, same_bytes};
-use crate::tolerance;
+
+/// A backend under test, and how near it must come. Relative to the expected value; tensors by their L2 norm.
+pub trait Device: 'static {
+    type Backend: Backend;
+    const TOLERANCE: Tolerance;
+    fn open() -> Result<Self::Backend, Failed>;
+}
+
+pub struct Tolerance {
+    pub loss: f64,
+    pub logits: f64,
+    pub gradient: f64,
+    /// Norm of all gradients.
+    pub norm: f64,
+    /// Losses and gradient norms over 20 steps of AdamW.
+    pub training: f64,
+    /// The adapter after them, and what they changed.
+    pub adapter: f64,
+    pub update: f64,
+    /// Two sequences in one row against the same run alone.
+    pub packed: f64,
+}
+
+/// transformers in bf16 against us in f32.
+const LOSS_IN_BF16: f64 = 5e-3;
+/// Weights quantised anew: a different offset of the last place, nothing else.
+const REQUANTISED: f64 = 1e-6;
+/// Offset of double quantisation: the order of its sum is free.
+const NESTED_OFFSET: f64 = 1e-6;
 
 const NF4: QuantConfig = QuantConfig { quant_type: QuantType::Nf4, double_quant: true };
 
-type Check = fn(&Case) -> Result<(), Failed>;
+type Check<D> = fn(&Case<D>) -> Result<(), Failed>;
 
 /// A `NAME-lora` folder, or a `NAME-nf4-TAG` folder with the `NAME-lora` folder that tells what it must give.
-struct Case {
+struct Case<D> {
+    device: PhantomData<fn() -> D>,
     /// Directory of the model to load.
     model: PathBuf,
     lora: PathBuf,
@@ -32,11 +62,12 @@ struct Case {
 }
 
 /// The tests of `root/NAME-lora`.
-pub fn lora_cases(root: &Path, folder: &str) -> Result<Vec<Trial>, Failed> {
+pub fn lora_cases<D: Device>(root: &Path, folder: &str) -> Result<Vec<Trial>, Failed> {
     let lora = root.join(folder);
     let name = folder.strip_suffix("-lora").ok_or("a folder NAME-lora")?;
-    let case = Arc::new(Case { model: root.join(name), expected: expected(&lora)?, lora, tag: None });
-    let mut checks: Vec<(&str, Check)> = vec![("base", Case::base), ("fixed", Case::fixed)];
+    let case =
+        Arc::new(Case { device: PhantomData, model: root.join(name), expected: expected(&lora)?, lora, tag: None });
+    let mut checks: Vec<(&str, Check<D>)> = vec![("base", Case::base), ("fixed", Case::fixed)];
     if case.lora.join("packed.safetensors").exists() {
         checks.push(("packed", Case::packed));
     }
@@ -47,11 +78,12 @@ pub fn lora_cases(root: &Path, folder: &str) -> Result<Vec<Trial>, Failed> {
 }
 
 /// The tests of `root/NAME-nf4-TAG`.
-pub fn four_bit_cases(root: &Path, folder: &str) -> Result<Vec<Trial>, Failed> {
+pub fn four_bit_cases<D: Device>(root: &Path, folder: &str) -> Result<Vec<Trial>, Failed> {
     let (name, tag) = folder.split_once("-nf4-").ok_or("a folder NAME-nf4-TAG")?;
     let lora = root.join(format!("{name}-lora"));
-    let case = Case { model: root.join(folder), expected: expected(&lora)?, lora, tag: Some(tag.to_owned()) };
-    let mut checks: Vec<(&str, Check)> =
+    let tag = Some(tag.to_owned());
+    let case = Case { device: PhantomData, model: root.join(folder), expected: expected(&lora)?, lora, tag };
+    let mut checks: Vec<(&str, Check<D>)> =
         vec![("base", Case::base), ("loss", Case::four_bit_loss), ("fixed", Case::fixed)];
     if root.join(name).is_dir() {
         checks.push(("quantising_gives_the_same", Case::quantising_gives_the_same));
@@ -59,8 +91,8 @@ pub fn four_bit_cases(root: &Path, folder: &str) -> Result<Vec<Trial>, Failed> {
     Ok(trials(folder, Arc::new(case), checks))
 }
 
-fn trials(folder: &str, case: Arc<Case>, checks: Vec<(&str, Check)>) -> Vec<Trial> {
-    let trial = |(name, check): (&str, Check)| {
+fn trials<D: Device>(folder: &str, case: Arc<Case<D>>, checks: Vec<(&str, Check<D>)>) -> Vec<Trial> {
+    let trial = |(name, check): (&str, Check<D>)| {
         let case = case.clone();
         Trial::test(format!("{folder}/{name}"), move || check(&case))
     };
@@ -125,50 +157,50 @@ impl Rows {
     }
 }
 
-/// A model on the CPU with a batch in it.
-struct Engine {
-    cpu: Cpu,
-    model: Model<Cpu>,
+/// A model on a device.
+struct Engine<D: Device> {
+    backend: D::Backend,
+    model: Model<D::Backend>,
 }
 
-impl Engine {
+impl<D: Device> Engine<D> {
     fn new(dir: &ModelDir, adapter: Option<&HostAdapter>, max_tokens: usize) -> Result<Self, Failed> {
-        let mut cpu = Cpu::new(Some(2));
+        let mut backend = D::open()?;
         let mut source = dir.source(Some(NF4))?;
         let options = ModelOptions { max_tokens, train: adapter.is_some(), gradient_checkpointing: false };
-        let model = Model::load(&mut cpu, dir.config(), &mut source, adapter, options, &mut |_| ())?;
-        Ok(Self { cpu, model })
+        let model = Model::load(&mut backend, dir.config(), &mut source, adapter, options, &mut |_| ())?;
+        Ok(Self { backend, model })
     }
 
-    fn fill(&mut self, host: &HostBatch, targets: usize) -> Result<Batch<Cpu>, Failed> {
-        let mut batch = Batch::new(&mut self.cpu, host.tokens.len())?;
-        batch.fill(&mut self.cpu, host, 1.0 / targets as f32)?;
+    fn fill(&mut self, host: &HostBatch, targets: usize) -> Result<Batch<D::Backend>, Failed> {
+        let mut batch = Batch::new(&mut self.backend, host.tokens.len())?;
+        batch.fill(&mut self.backend, host, 1.0 / targets as f32)?;
         Ok(batch)
     }
 
     /// Mean loss, gradient norm and gradients of one step over these micro-batches.
     fn step(&mut self, micro_batches: &[HostBatch]) -> Result<(f64, f64, Vec<f32>), Failed> {
         let targets = micro_batches.iter().map(HostBatch::target_count).sum();
-        self.model.zero_grad(&mut self.cpu)?;
+        self.model.zero_grad(&mut self.backend)?;
         for host in micro_batches {
             let batch = self.fill(host, targets)?;
-            self.model.loss_and_grad(&mut self.cpu, &batch, None)?;
+            self.model.loss_and_grad(&mut self.backend, &batch, None)?;
         }
-        let (loss, norm) = self.model.read_loss_and_norm(&mut self.cpu)?;
-        Ok((loss.into(), norm.into(), self.model.read_grads(&mut self.cpu)?))
+        let (loss, norm) = self.model.read_loss_and_norm(&mut self.backend)?;
+        Ok((loss.into(), norm.into(), self.model.read_grads(&mut self.backend)?))
     }
 
     fn loss(&mut self, host: &HostBatch) -> Result<f64, Failed> {
-        self.model.zero_grad(&mut self.cpu)?;
+        self.model.zero_grad(&mut self.backend)?;
         let batch = self.fill(host, host.target_count())?;
-        self.model.loss(&mut self.cpu, &batch)?;
-        Ok(self.model.read_loss(&mut self.cpu)?.into())
+        self.model.loss(&mut self.backend, &batch)?;
+        Ok(self.model.read_loss(&mut self.backend)?.into())
     }
 
     fn logits(&mut self, host: &HostBatch) -> Result<Vec<f32>, Failed> {
         let rows: Vec<usize> = (0..host.tokens.len()).collect();
         let batch = self.fill(host, 1)?;
-        Ok(self.model.logits(&mut self.cpu, &batch, &rows)?)
+        Ok(self.model.logits(&mut self.backend, &batch, &rows)?)
     }
 }
 
@@ -179,19 +211,19 @@ fn by_name<'a>(layout: &AdapterLayout, flat: &'a [f32]) -> Vec<(String, &'a [f32
     layout.sites.iter().flat_map(both).collect()
 }
 
-fn gradients_near(layout: &AdapterLayout, flat: &[f32], fixture: &Fixture) -> Result<(), Failed> {
+fn gradients_near<D: Device>(layout: &AdapterLayout, flat: &[f32], fixture: &Fixture) -> Result<(), Failed> {
     let expected = fixture.names().filter(|n| n.starts_with("grad.")).count();
     let found = by_name(layout, flat);
     if found.len() != expected {
         return Err(format!("{} gradient tensors, expected {expected}", found.len()).into());
     }
     for (name, grad) in found {
-        near_l2(&format!("grad {name}"), grad, &fixture.f32s(&format!("grad.{name}"))?, tolerance::GRADIENT)?;
+        near_l2(&format!("grad {name}"), grad, &fixture.f32s(&format!("grad.{name}"))?, D::TOLERANCE.gradient)?;
     }
     Ok(())
 }
 
-impl Case {
+impl<D: Device> Case<D> {
     fn open(&self) -> Result<(ModelDir, HostAdapter), Failed> {
         let dir = ModelDir::open(&self.model)?;
         let adapter = peft::load(&self.lora.join("adapter_init"), dir.config())?;
@@ -213,7 +245,7 @@ impl Case {
             let (found, expected) = (found.to_f32(), fixture.f32s(name)?);
             match self.tag {
                 Some(_) => same_bits(name, &found, &expected)?,
-                None => near_l2(name, &found, &expected, tolerance::REQUANTISED)?,
+                None => near_l2(name, &found, &expected, REQUANTISED)?,
             }
         }
         // A 4-bit directory may have modules left in 16 bits.
@@ -227,8 +259,8 @@ impl Case {
     fn four_bit_loss(&self) -> Result<(), Failed> {
         let dir = ModelDir::open(&self.model)?;
         let host = Rows::read(&Fixture::open(&self.lora.join("fixed.safetensors"))?, "")?.batch();
-        let loss = Engine::new(&dir, None, host.tokens.len())?.loss(&host)?;
-        near("loss", loss, number(&self.expected, "/loss_without_adapter")?, tolerance::LOSS)?;
+        let loss = Engine::<D>::new(&dir, None, host.tokens.len())?.loss(&host)?;
+        near("loss", loss, number(&self.expected, "/loss_without_adapter")?, D::TOLERANCE.loss)?;
         let tag = self.tag.as_deref().unwrap_or_default();
         let reloaded = format!("/hf_{tag}_4bit_dir_reloaded_loss_without_adapter");
         if self.expected.pointer(&reloaded).is_none() {
@@ -236,8 +268,8 @@ impl Case {
         }
         // transformers computes in the directory's dtype, we in f32.
         let tolerance = match dir.dense_dtype() {
-            Dtype::F32 => tolerance::LOSS,
-            Dtype::Bf16 | Dtype::F16 => tolerance::LOSS_IN_BF16,
+            Dtype::F32 => D::TOLERANCE.loss,
+            Dtype::Bf16 | Dtype::F16 => LOSS_IN_BF16,
         };
         near("loss of transformers", loss, number(&self.expected, &reloaded)?, tolerance)
     }
@@ -258,7 +290,7 @@ impl Case {
             match (&ours.absmax, &stored.absmax) {
                 (Absmax::Double { codes: a, offset: x, .. }, Absmax::Double { codes: b, offset: y, .. }) => {
                     same_bytes(name, a, b)?;
-                    near(name, (*x).into(), (*y).into(), tolerance::NESTED_OFFSET)?;
+                    near(name, (*x).into(), (*y).into(), NESTED_OFFSET)?;
                 }
                 (Absmax::Plain(a), Absmax::Plain(b)) => same_bits(name, a, b)?,
                 _ => return Err(format!("{name}: double quantisation on one side alone").into()),
@@ -275,18 +307,18 @@ impl Case {
         let targets = number(&self.expected, "/fixed/label_tokens")?;
         near("label tokens", host.target_count() as f64, targets, 0.0)?;
 
-        let mut base = Engine::new(&dir, None, host.tokens.len())?;
-        near("loss alone", base.loss(&host)?, number(&self.expected, "/loss_without_adapter")?, tolerance::LOSS)?;
+        let mut base = Engine::<D>::new(&dir, None, host.tokens.len())?;
+        near("loss alone", base.loss(&host)?, number(&self.expected, "/loss_without_adapter")?, D::TOLERANCE.loss)?;
         let alone = fixture.f32s("logits_without_adapter")?;
-        near_l2("logits_without_adapter", &base.logits(&host)?, &alone, tolerance::LOGITS)?;
+        near_l2("logits_without_adapter", &base.logits(&host)?, &alone, D::TOLERANCE.logits)?;
 
-        let mut engine = Engine::new(&dir, Some(&adapter), host.tokens.len())?;
-        near_l2("logits", &engine.logits(&host)?, &fixture.f32s("logits")?, tolerance::LOGITS)?;
+        let mut engine = Engine::<D>::new(&dir, Some(&adapter), host.tokens.len())?;
+        near_l2("logits", &engine.logits(&host)?, &fixture.f32s("logits")?, D::TOLERANCE.logits)?;
         let (loss, norm, grads) = engine.step(std::slice::from_ref(&host))?;
-        near("loss", loss, number(&self.expected, "/fixed/loss")?, tolerance::LOSS)?;
-        near("loss of evaluation", engine.loss(&host)?, loss, tolerance::LOSS)?;
-        near("grad_norm", norm, number(&self.expected, "/fixed/grad_norm")?, tolerance::GRADIENT)?;
-        gradients_near(&adapter.layout, &grads, &fixture)
+        near("loss", loss, number(&self.expected, "/fixed/loss")?, D::TOLERANCE.loss)?;
+        near("loss of evaluation", engine.loss(&host)?, loss, D::TOLERANCE.loss)?;
+        near("grad_norm", norm, number(&self.expected, "/fixed/grad_norm")?, D::TOLERANCE.norm)?;
+        gradients_near::<D>(&adapter.layout, &grads, &fixture)
     }
 
     /// Two sequences in one row: as expected, and the same as run alone.
@@ -296,20 +328,20 @@ impl Case {
         let rows = Rows::read(&fixture, "")?.split(&fixture.i64s("position_ids")?.1)?;
         let host = rows.batch();
 
-        let mut engine = Engine::new(&dir, Some(&adapter), host.tokens.len())?;
-        near_l2("logits", &engine.logits(&host)?, &fixture.f32s("logits")?, tolerance::LOGITS)?;
+        let mut engine = Engine::<D>::new(&dir, Some(&adapter), host.tokens.len())?;
+        near_l2("logits", &engine.logits(&host)?, &fixture.f32s("logits")?, D::TOLERANCE.logits)?;
         let (loss, norm, grads) = engine.step(std::slice::from_ref(&host))?;
-        near("loss", loss, number(&self.expected, "/packed/loss")?, tolerance::LOSS)?;
-        near("grad_norm", norm, number(&self.expected, "/packed/grad_norm")?, tolerance::GRADIENT)?;
-        gradients_near(&adapter.layout, &grads, &fixture)?;
+        near("loss", loss, number(&self.expected, "/packed/loss")?, D::TOLERANCE.loss)?;
+        near("grad_norm", norm, number(&self.expected, "/packed/grad_norm")?, D::TOLERANCE.norm)?;
+        gradients_near::<D>(&adapter.layout, &grads, &fixture)?;
 
         let alone: Vec<HostBatch> = rows.rows.into_iter().map(|row| Rows { rows: vec![row] }.batch()).collect();
         let (loss_alone, norm_alone, grads_alone) = engine.step(&alone)?;
-        near("loss, packed against alone", loss, loss_alone, tolerance::LOSS)?;
-        near("grad_norm, packed against alone", norm, norm_alone, tolerance::LOSS)?;
-        near_l2("gradients, packed against alone", &grads, &grads_alone, tolerance::LOSS)?;
+        near("loss, packed against alone", loss, loss_alone, D::TOLERANCE.packed)?;
+        near("grad_norm, packed against alone", norm, norm_alone, D::TOLERANCE.packed)?;
+        near_l2("gradients, packed against alone", &grads, &grads_alone, D::TOLERANCE.packed)?;
         let logits: Result<Vec<_>, _> = alone.iter().map(|host| engine.logits(host)).collect();
-        near_l2("logits, alone", &logits?.concat(), &fixture.f32s("logits")?, tolerance::LOGITS)
+        near_l2("logits, alone", &logits?.concat(), &fixture.f32s("logits")?, D::TOLERANCE.logits)
     }
 
     /// Steps of AdamW: every loss and gradient norm, then the adapter.
@@ -320,30 +352,30 @@ impl Case {
         let optimizer = Optimizer::read(told.ok_or("expected.json: no train/optimizer")?)?;
         let steps = self.expected.pointer("/train/steps").and_then(Value::as_array).ok_or("no train/steps")?;
 
-        let mut engine = Engine::new(&dir, Some(&adapter), Self::longest(&fixture, steps)?)?;
-        let mut state = engine.cpu.new_optimizer(OptimKind::PagedAdamw32bit, &adapter.weights)?;
+        let mut engine = Engine::<D>::new(&dir, Some(&adapter), Self::longest(&fixture, steps)?)?;
+        let mut state = engine.backend.new_optimizer(OptimKind::PagedAdamw32bit, &adapter.weights)?;
         for (i, step) in steps.iter().enumerate() {
             let batch = number(step, "/batch")?;
             let host = Rows::read(&fixture, &format!(".{batch}"))?.batch();
             let (loss, norm, _) = engine.step(&[host])?;
-            near(&format!("loss of step {}", i + 1), loss, number(step, "/loss")?, tolerance::TRAINING)?;
+            near(&format!("loss of step {}", i + 1), loss, number(step, "/loss")?, D::TOLERANCE.training)?;
             let expected = number(step, "/grad_norm_before_clip")?;
-            near(&format!("grad_norm of step {}", i + 1), norm, expected, tolerance::TRAINING)?;
+            near(&format!("grad_norm of step {}", i + 1), norm, expected, D::TOLERANCE.training)?;
             let settings = optimizer.settings(adapter.layout.len, i as u64 + 1);
-            engine.model.optimizer_step(&mut engine.cpu, &mut state, &settings)?;
+            engine.model.optimizer_step(&mut engine.backend, &mut state, &settings)?;
         }
 
-        let trained = engine.cpu.read_optimizer(&state)?.master;
+        let trained = engine.backend.read_optimizer(&state)?.master;
         let last = peft::load(&self.lora.join("adapter_final"), dir.config())?;
         let update = |to: &[f32]| -> Vec<f32> { to.iter().zip(&adapter.weights).map(|(a, b)| a - b).collect() };
         let tensors = |flat: &[f32]| -> Vec<(String, Vec<f32>)> {
             by_name(&adapter.layout, flat).into_iter().map(|(name, t)| (name, t.to_vec())).collect()
         };
         for ((name, found), (_, expected)) in tensors(&trained).iter().zip(tensors(&last.weights)) {
-            near_l2(&format!("adapter_final {name}"), found, &expected, tolerance::TRAINING)?;
+            near_l2(&format!("adapter_final {name}"), found, &expected, D::TOLERANCE.adapter)?;
         }
         for ((name, found), (_, expected)) in tensors(&update(&trained)).iter().zip(tensors(&update(&last.weights))) {
-            near_l2(&format!("update of {name}"), found, &expected, tolerance::UPDATE)?;
+            near_l2(&format!("update of {name}"), found, &expected, D::TOLERANCE.update)?;
         }
         Ok(())
     }
