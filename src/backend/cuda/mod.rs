@@ -5,6 +5,7 @@
 
 pub mod device;
 mod ffi;
+pub mod matrix;
 pub mod memory;
 pub mod ops;
 
