@@ -35,10 +35,13 @@ pub enum Kernels {
 }
 
 impl Kernels {
+    fn best(compute_capability: (u32, u32)) -> Self {
+        if compute_capability.0 == 9 && device::KERNEL_ARCHS.contains("sm_90a") { Self::Sm90 } else { Self::Sm80 }
+    }
+
     /// The best for a card of this compute capability, or what the environment variable `HALFBYTE_KERNELS` names.
     fn pick(compute_capability: (u32, u32)) -> Result<Self> {
-        let best =
-            if compute_capability.0 == 9 && device::KERNEL_ARCHS.contains("sm_90a") { Self::Sm90 } else { Self::Sm80 };
+        let best = Self::best(compute_capability);
         match std::env::var("HALFBYTE_KERNELS").as_deref() {
             Err(_) | Ok("") => Ok(best),
             Ok("sm80") => Ok(Self::Sm80),
@@ -71,6 +74,15 @@ impl Cuda {
         let stream = context.new_stream().map_err(|e| driver_error("cuStreamCreate", e))?;
         let kernels = Kernels::pick(device.compute_capability)?;
         Ok(Self { context, stream, device, kernels, arena: None })
+    }
+
+    /// The same GPU with these kernels instead of its best; [`Kernels::Sm90`] gives the best.
+    pub fn with_kernels(mut self, kernels: Kernels) -> Self {
+        self.kernels = match kernels {
+            Kernels::Sm80 => Kernels::Sm80,
+            Kernels::Sm90 => Kernels::best(self.device.compute_capability),
+        };
+        self
     }
 
     /// Which kernels run.

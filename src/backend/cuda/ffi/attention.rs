@@ -1,1 +1,44 @@
-//! csrc/attention.cu.
+//! csrc/attention.cu and csrc/attention_sm90.cu: two sets of kernels behind the same arguments.
+
+use half::bf16;
+
+#[repr(C)]
+#[expect(dead_code, reason = "the ops of attention use it")]
+pub struct AttentionForward {
+    pub o: *mut bf16,
+    pub lse: *mut f32,
+    pub qkv: *const bf16,
+    pub cu_seqlens: *const i32,
+    pub t: i32,
+    pub b: i32,
+    pub h: i32,
+    pub g: i32,
+    pub d: i32,
+    /// In 1..=t: query i sees keys j with i - window < j <= i; t where there is no window.
+    pub window: i32,
+    pub scale: f32,
+}
+
+#[repr(C)]
+#[expect(dead_code, reason = "the ops of attention use it")]
+pub struct AttentionBackward {
+    pub dqkv: *mut bf16,
+    pub delta: *mut f32,
+    pub d_o: *const bf16,
+    pub o: *const bf16,
+    pub lse: *const f32,
+    pub qkv: *const bf16,
+    pub cu_seqlens: *const i32,
+    pub t: i32,
+    pub b: i32,
+    pub h: i32,
+    pub g: i32,
+    pub d: i32,
+    /// As in [`AttentionForward`].
+    pub window: i32,
+    pub scale: f32,
+}
+
+// The same numbers stand in static_asserts of csrc/attention.cuh.
+const _: () = assert!(size_of::<AttentionForward>() == 64);
+const _: () = assert!(size_of::<AttentionBackward>() == 88);
