@@ -12,6 +12,7 @@ mod batch;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod workspace;
 
 pub use batch::{Batch, HostBatch, IGNORE};
 

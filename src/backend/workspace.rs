@@ -1,0 +1,105 @@
+//! The scratch of the CUDA ops, as sizes: what [`Backend::prepare`](super::Backend::prepare) takes there and what the
+//! memory plan counts, on any machine.
+
+use super::{Heads, Needs};
+use crate::nf4::BLOCK;
+
+/// Token counts are padded to a multiple of this on the GPU.
+pub const GRANULARITY: usize = 64;
+/// A group of projections is dequantised whole, for one product, where it takes at most this many bytes in bf16.
+const GROUP_BYTES: usize = 64 << 20;
+/// Logits of one chunk of target tokens take at most this many bytes, and one multiple of [`GRANULARITY`] at least.
+const LOGITS_BYTES: usize = 128 << 20;
+/// The most target tokens of a chunk.
+const LOGITS_ROWS: usize = 2048;
+/// What cuBLAS gets: NVIDIA's advice for Hopper.
+const CUBLAS_BYTES: usize = 32 << 20;
+/// Rows of logits that [`Backend::head_logits`](super::Backend::head_logits) computes at a time.
+const ROWS_AT_ONCE: usize = 64;
+
+/// New tokens of one call of attention over a cache.
+const DECODE_TOKENS: usize = 64;
+/// f64 partial sums of grad_norm.
+const GRAD_NORM_PARTIALS: usize = 1024;
+
+/// f32 elements of the partial sums of the LoRA products of `t` tokens, an input of `k`, outputs of `n`, and rank `r`.
+fn lora_scratch(t: usize, k: usize, n: usize, r: usize) -> usize {
+    t.div_ceil(512) * (n + k) * r
+}
+
+/// f32 elements that attention of `t` new tokens over a cache needs.
+fn attention_decode_scratch(t: usize, heads: Heads) -> usize {
+    t * heads.h * (heads.d + 2) * 64
+}
+
+/// Elements of each scratch buffer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Workspace {
+    /// bf16: a dequantised projection or group of them.
+    pub weights: usize,
+    /// Rows of a chunk of the head.
+    pub head_rows: usize,
+    /// f32 (head_rows, V).
+    pub logits: usize,
+    /// bf16 (head_rows, C): those rows of x.
+    pub rows: usize,
+    /// bf16 (head_rows, C): their gradient.
+    pub d_rows: usize,
+    /// f32 (T): the loss of each target.
+    pub row_loss: usize,
+    /// i32: rows of x that the host asks for.
+    pub row_ids: usize,
+    /// f32: partial sums of the LoRA products.
+    pub lora: usize,
+    /// f32: partial results of attention over a cache.
+    pub decode: usize,
+    /// f64: partial sums of squares.
+    pub norm: usize,
+    /// u32: the dropout step.
+    pub step: usize,
+    /// Bytes of cuBLAS.
+    pub cublas: usize,
+}
+
+/// The scratch for models and micro-batches up to `needs`.
+pub fn workspace(needs: &Needs) -> Workspace {
+    let t = needs.t.next_multiple_of(GRANULARITY);
+    let weights = if 2 * needs.group <= GROUP_BYTES { needs.group.max(needs.part) } else { needs.part };
+    let fit = LOGITS_BYTES / (4 * needs.v.max(1)) / GRANULARITY * GRANULARITY;
+    let head_rows = fit.clamp(GRANULARITY, LOGITS_ROWS).min(t.max(ROWS_AT_ONCE));
+    let rows = head_rows * needs.c;
+    let decode = needs.heads.map_or(0, |heads| attention_decode_scratch(t.min(DECODE_TOKENS), heads));
+    Workspace {
+        weights: weights.next_multiple_of(BLOCK),
+        head_rows,
+        logits: head_rows * needs.v,
+        rows,
+        d_rows: if needs.train { rows } else { 0 },
+        row_loss: t,
+        row_ids: head_rows,
+        lora: if needs.r > 0 { lora_scratch(t, needs.k, needs.n, needs.r) } else { 0 },
+        decode,
+        norm: if needs.train { GRAD_NORM_PARTIALS } else { 0 },
+        step: 1,
+        cublas: CUBLAS_BYTES,
+    }
+}
+
+impl Workspace {
+    /// Name and bytes of each buffer.
+    pub fn items(&self) -> [(&'static str, usize); 11] {
+        [
+            ("dequantised weights", 2 * self.weights),
+            ("logits of a chunk", 4 * self.logits),
+            ("rows of the head", 2 * self.rows),
+            ("their gradient", 2 * self.d_rows),
+            ("loss of each target", 4 * self.row_loss),
+            ("rows asked for", 4 * self.row_ids),
+            ("partial sums of LoRA", 4 * self.lora),
+            ("partial results of decoding", 4 * self.decode),
+            ("partial sums of the norm", 8 * self.norm),
+            ("dropout step", 4 * self.step),
+            ("cuBLAS", self.cublas),
+        ]
+    }
+}
