@@ -124,7 +124,7 @@ fn main() -> Result<()> {
     let adapter = HostAdapter::init(lora, &config, 0)?;
     let mut cpu = Cpu::new(None);
     println!("{}; SmolLM2-135M shape, NF4, r=16 on 7 projections, {t} tokens a step", cpu.describe());
-    let options = ModelOptions { max_tokens: t, train: true, gradient_checkpointing: false };
+    let options = ModelOptions { max_tokens: t, train: true, layers: vec![] };
     let mut source = RandomWeights::new(&config);
     let mut model = Model::load(&mut cpu, &config, &mut source, Some(&adapter), options, &mut |_| {})?;
     let mut state = cpu.new_optimizer(OptimKind::AdamwTorch, &adapter.weights)?;

@@ -163,7 +163,7 @@ pub enum Scope {
 /// What decides which ops a micro-step launches, and on what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StepKey {
-    /// A number of the model in this process: models do not share buffers.
+    /// A number of the model in this process (of decoding: of the cache): they do not share buffers.
     pub model: u64,
     pub kind: StepKind,
     /// T, B and M as [`Batch`] holds them, padded; of decoding: T, 1, 1.
@@ -304,6 +304,7 @@ pub struct Embedding<'a, B: Backend> {
 }
 
 /// s = x + delta (where there is one), r = 1 / sqrt(mean_c(s^2) + eps), y = r * s * w.
+/// r and y follow from s as it is stored, rounded: norming s again, without a delta, gives the same bits.
 pub struct RmsNormForward<'a, B: Backend> {
     /// (T, C) =
     pub y: &'a mut B::Act,
@@ -556,6 +557,8 @@ pub struct AttentionDecode<'a, B: Backend> {
     pub cache: &'a mut KvCache<B>,
     /// (T, (H+2G)*D), rotated
     pub qkv: &'a B::Act,
+    /// (T) past .. past+T, on the device: what a replayed launch reads
+    pub positions: &'a B::I32,
     pub t: usize,
     pub past: usize,
     pub heads: Heads,

@@ -68,7 +68,7 @@ pub fn model<B: Backend>(
 ) -> Result<Model<B>> {
     let mut bar = Progress::new(format!("loading {}", dir.path().display()), Unit::Count("layers"));
     let layers = dir.config().num_hidden_layers as u64;
-    let options = ModelOptions { max_tokens, train: false, gradient_checkpointing: false };
+    let options = ModelOptions::inference(max_tokens);
     let mut source = dir.source(quantize)?;
     let mut done = 0;
     let model = Model::load(backend, dir.config(), &mut source, adapter, options, &mut |_| {

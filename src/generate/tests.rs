@@ -21,7 +21,7 @@ fn tiny(max_tokens: usize) -> Tiny {
     let dir = ModelDir::open(&fixtures.join("tiny-mistral")).unwrap();
     let tokenizer = Tokenizer::open(&fixtures.join("tiny-tokenizer"), dir.config().vocab_size).unwrap();
     let mut backend = Cpu::new(Some(1));
-    let options = ModelOptions { max_tokens, train: false, gradient_checkpointing: false };
+    let options = ModelOptions::inference(max_tokens);
     let mut source = dir.source(None).unwrap();
     let model = Model::load(&mut backend, dir.config(), &mut source, None, options, &mut |_| ()).unwrap();
     Tiny { backend, model, tokenizer }

@@ -3,10 +3,11 @@
 use super::WeightSource;
 use super::adapter::AdapterLayout;
 use super::config::{ModelConfig, Proj};
-use crate::backend::{Backend, Linear, Lora, Projection};
+use crate::backend::{Backend, Linear, Lora, Needs, Projection};
 use crate::error::{Error, Result};
+use crate::tensor::HostMatrix;
 
-/// Loads the projections of `layer` that read the same input, side by side in the order given.
+/// Loads the projections of `layer` that read the same input, side by side in the order given; `needs` grows with them.
 pub(super) fn load_linear<B: Backend>(
     backend: &mut B,
     config: &ModelConfig,
@@ -14,14 +15,20 @@ pub(super) fn load_linear<B: Backend>(
     source: &mut dyn WeightSource,
     layer: usize,
     projections: &[Proj],
+    needs: &mut Needs,
 ) -> Result<Linear<B>> {
     let (_, k) = config.dims(projections[0]);
+    let mut in_4bit = 0;
     let mut group = Linear { k, n: 0, r: 0, parts: Vec::with_capacity(projections.len()) };
     for &proj in projections {
         let (n, k) = config.dims(proj);
         let module = proj.module(layer);
         let host = source.matrix(&format!("{module}.weight"))?;
         check_len("matrix", n * k, host.dims().0 * host.dims().1)?;
+        if matches!(host, HostMatrix::Quantized(_)) {
+            in_4bit += n * k;
+            needs.part = needs.part.max(n * k);
+        }
         let w = backend.upload(&host)?;
         let bias = match config.has_bias(proj) {
             true => Some(load_vector(backend, source, &format!("{module}.bias"), n)?),
@@ -33,6 +40,8 @@ pub(super) fn load_linear<B: Backend>(
         group.r += lora.as_ref().map_or(0, |l| l.r);
         group.parts.push(Projection { n, w, bias, lora });
     }
+    needs.group = needs.group.max(in_4bit);
+    (needs.n, needs.k, needs.r) = (needs.n.max(group.n), needs.k.max(k), needs.r.max(group.r));
     Ok(group)
 }
 

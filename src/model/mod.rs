@@ -1,20 +1,25 @@
 //! The graph: written once over [`Backend`], forward beside backward, as straight-line calls.
 
+mod activations;
 pub mod adapter;
 mod block;
 pub mod config;
 mod linear;
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
+pub use activations::{Keep, LayerPlan};
 pub use adapter::{AdapterLayout, HostAdapter, LoraConfig, Site, TargetModules};
 pub use config::{Family, ModelConfig, Proj, RopeScaling};
 
 use crate::backend::{
-    Adamw, Backend, Batch, Dropout, Embedding, HeadLogits, HeadLoss, KvCache, ParamGroup, RmsNormBackward,
-    RmsNormForward,
+    Adamw, Backend, Batch, Dropout, Embedding, HeadLogits, HeadLoss, Heads, Item, KvCache, Needs, ParamGroup,
+    RmsNormBackward, RmsNormForward, Scope, StepKey, StepKind,
 };
 use crate::error::Result;
 use crate::tensor::{HostMatrix, HostTensor};
-use block::{Attend, Block, Grads, LayerBuffers, LayerInput, Pass, Saved, Scratch, Stage};
+use activations::{Activations, Grads, Scratch};
+use block::{Attend, Block, Pass, Stage};
 
 /// Where a model's frozen weights come from. Names are those of transformers ("model.layers.0.mlp.up_proj.weight").
 pub trait WeightSource {
@@ -25,14 +30,33 @@ pub trait WeightSource {
 }
 
 /// What the buffers of a model are made for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ModelOptions {
     /// T: the most tokens of one micro-batch (or of one chunk of a prompt).
     pub max_tokens: usize,
     /// Whether backward will run.
     pub train: bool,
-    /// Keep only each layer's input and recompute the rest in backward (same bits, less memory).
-    pub gradient_checkpointing: bool,
+    /// What each layer keeps for backward; layers behind the end keep all. The same bits whatever it says.
+    pub layers: Vec<LayerPlan>,
+}
+
+impl ModelOptions {
+    /// For forward passes alone.
+    pub fn inference(max_tokens: usize) -> Self {
+        Self { max_tokens, train: false, layers: vec![] }
+    }
+
+    /// For training, every one of `layers` layers keeping the same.
+    pub fn training(max_tokens: usize, layers: usize, plan: LayerPlan) -> Self {
+        Self { max_tokens, train: true, layers: vec![plan; layers] }
+    }
+}
+
+/// Numbers of models and caches.
+static NUMBER: AtomicU64 = AtomicU64::new(0);
+
+fn new_number() -> u64 {
+    NUMBER.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Rows of logits computed at once outside training.
@@ -42,7 +66,8 @@ const LOGIT_ROWS: usize = 8;
 pub struct Model<B: Backend> {
     pub config: ModelConfig,
     pub layout: AdapterLayout,
-    options: ModelOptions,
+    max_tokens: usize,
+    number: u64,
 
     // frozen
     /// (V, C)
@@ -60,13 +85,7 @@ pub struct Model<B: Backend> {
     lora: Option<B::Act>,
 
     // activations
-    /// One for each layer if backward runs, else one.
-    inputs: Vec<LayerInput<B>>,
-    /// One for each layer if all is kept, else one.
-    saved: Vec<Saved<B>>,
-    /// The residual stream after the last layer.
-    last: LayerInput<B>,
-    scratch: Scratch<B>,
+    activations: Activations<B>,
     grads: Option<Grads<B>>,
     /// (1) sum of the losses since zero_grad
     loss: B::F32,
@@ -91,17 +110,36 @@ impl<B: Backend> Model<B> {
         options: ModelOptions,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Self> {
-        let (t, layers, v) = (options.max_tokens, config.num_hidden_layers, config.vocab_size);
+        let t = options.max_tokens.next_multiple_of(backend.granularity());
+        let (layers, c, v) = (config.num_hidden_layers, config.hidden_size, config.vocab_size);
         let layout = adapter.map(|a| a.layout.clone()).unwrap_or_default();
+        let mut needs = Needs {
+            t,
+            c,
+            v,
+            trainable: layout.len,
+            heads: Some(Heads {
+                h: config.num_attention_heads,
+                g: config.num_key_value_heads,
+                d: config.head_dim,
+                window: None,
+            }),
+            train: options.train,
+            dropout: options.train && adapter.is_some_and(|a| a.config.lora_dropout > 0.0),
+            ..Needs::default()
+        };
 
+        backend.label(Item::Embedding);
         let embed = source.matrix("model.embed_tokens.weight")?;
         let embed = backend.upload(&embed)?;
+        backend.label(Item::Weights);
         let mut blocks = Vec::with_capacity(layers);
         for layer in 0..layers {
-            blocks.push(Block::load(backend, config, &layout, source, layer)?);
+            blocks.push(Block::load(backend, config, &layout, source, layer, &mut needs)?);
             progress(layer);
         }
-        let norm = linear::load_vector(backend, source, "model.norm.weight", config.hidden_size)?;
+        backend.label(Item::Embedding);
+        let norm = linear::load_vector(backend, source, "model.norm.weight", c)?;
         let head = match config.tie_word_embeddings {
             true => None,
             false => {
@@ -111,6 +149,7 @@ impl<B: Backend> Model<B> {
         };
         let mut inv_freq = backend.alloc_f32(config.head_dim / 2)?;
         backend.write_f32(&mut inv_freq, &config.inv_freq())?;
+        backend.label(Item::Adapter);
         let lora = match adapter {
             Some(a) => {
                 let mut work = backend.alloc_act(layout.len)?;
@@ -125,96 +164,108 @@ impl<B: Backend> Model<B> {
         for block in &blocks {
             ranks = std::array::from_fn(|i| ranks[i].max(block.ranks()[i]));
         }
-        let kept_inputs = if options.train { layers } else { 1 };
-        let kept_layers = if options.train && !options.gradient_checkpointing { layers } else { 1 };
-        let mut inputs = Vec::with_capacity(kept_inputs);
-        for _ in 0..kept_inputs {
-            inputs.push(LayerInput::new(backend, t, config, ranks)?);
-        }
-        let mut saved = Vec::with_capacity(kept_layers);
-        for _ in 0..kept_layers {
-            saved.push(Saved::new(backend, t, config, ranks)?);
-        }
-        let max_rank = ranks.into_iter().max().unwrap_or(0);
+        let lowest = if options.train { layout.sites.iter().map(|s| s.layer).min() } else { None };
+        let activations = Activations::new(backend, t, config, &options.layers, lowest, ranks)?;
         let grads = match options.train {
-            true => Some(Grads::new(backend, t, config, max_rank, layout.len)?),
+            true => Some(Grads::new(backend, t, config, ranks.into_iter().max().unwrap_or(0), &layout)?),
             false => None,
         };
+        backend.label(Item::Scratch);
+        let loss = backend.alloc_f32(1)?;
+        let grad_norm = backend.alloc_f32(1)?;
+        let logits = backend.alloc_f32(LOGIT_ROWS * v)?;
+        let tokens = backend.alloc_i32(t)?;
+        let positions = backend.alloc_i32(t)?;
+        backend.label(Item::Workspace);
+        backend.prepare(&needs)?;
         Ok(Self {
-            last: LayerInput::new(backend, t, config, [0; 4])?,
-            scratch: Scratch::new(backend, t, config)?,
-            loss: backend.alloc_f32(1)?,
-            grad_norm: backend.alloc_f32(1)?,
-            logits: backend.alloc_f32(LOGIT_ROWS * v)?,
-            tokens: backend.alloc_i32(t)?,
-            positions: backend.alloc_i32(t)?,
             config: config.clone(),
             layout,
-            options,
+            max_tokens: t,
+            number: new_number(),
             embed,
             blocks,
             norm,
             head,
             inv_freq,
             lora,
-            inputs,
-            saved,
+            activations,
             grads,
+            loss,
+            grad_norm,
+            logits,
+            tokens,
+            positions,
         })
     }
 
-    /// Embedding and all blocks; the normed output of the last is left in scratch.norm.
-    fn forward(&mut self, backend: &mut B, batch: &Batch<B>, dropout: Option<Dropout>) -> Result<()> {
+    /// Embedding and all blocks; the normed output of the last is left in scratch.inner.
+    /// `keep`: backward comes next.
+    fn forward(&mut self, backend: &mut B, batch: &Batch<B>, dropout: Option<Dropout>, keep: bool) -> Result<()> {
+        backend.enter(Scope::Forward);
         let (t, c, eps) = (batch.t, self.config.hidden_size, self.config.rms_norm_eps);
-        let (inv_freq, lora) = (&self.inv_freq, self.lora.as_ref());
+        let (inv_freq, lora, a) = (&self.inv_freq, self.lora.as_ref(), &mut self.activations);
         let pass = Pass { t, positions: &batch.positions, inv_freq, lora, dropout, eps };
-        let x = &mut self.inputs[0].x;
+        let x = a.x.get_mut(0);
         backend.embedding(Embedding { x, tokens: &batch.tokens, table: &self.embed, t, c })?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            let (last_input, last) = (self.inputs.len() - 1, self.saved.len() - 1);
-            let input = &mut self.inputs[layer.min(last_input)];
-            let below = (layer > 0).then(|| &self.saved[(layer.max(1) - 1).min(last)].x_mid);
-            block.input_norm(backend, &pass, input, &mut self.scratch, below)?;
-            let (saved, scratch) = (&mut self.saved[layer.min(last)], &mut self.scratch);
-            block.forward(backend, &pass, LayerBuffers { input, saved, scratch }, Attend::Batch(batch))?;
-            block.output(backend, &pass, LayerBuffers { input, saved, scratch })?;
+            backend.enter(Scope::Layer(layer));
+            a.make_room(backend, layer)?;
+            let below = (layer > 0).then(|| &a.middle.get(layer - 1).x_mid);
+            let (x, rstd) = (a.x.get_mut(layer), &mut a.small.get_mut(layer).rstd);
+            block.input_norm(backend, &pass, x, rstd, &mut a.scratch, below)?;
+            block.forward(backend, &pass, &mut a.layer(layer), Attend::Batch(batch))?;
+            if keep {
+                a.send(backend, layer, t)?;
+            }
+            backend.leave();
         }
-        self.final_norm(backend, t)
+        self.final_norm(backend, t)?;
+        backend.leave();
+        Ok(())
     }
 
-    /// last.x = x_mid + branch of the last block; scratch.norm = its norm.
+    /// x of number L = x_mid + branch of the last block; scratch.inner = its norm.
     fn final_norm(&mut self, backend: &mut B, t: usize) -> Result<()> {
-        let (c, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
-        let Scratch { norm, branch, .. } = &mut self.scratch;
-        let x = &self.saved[self.saved.len() - 1].x_mid;
-        let (rstd, residual) = (&mut self.last.rstd, Some((&*branch, &mut self.last.x)));
-        backend.rmsnorm_forward(RmsNormForward { y: norm, rstd, x, residual, w: &self.norm, t, c, eps })
+        let (c, eps, layers, a) =
+            (self.config.hidden_size, self.config.rms_norm_eps, self.blocks.len(), &mut self.activations);
+        a.make_room(backend, layers)?;
+        let Scratch { inner: y, outer } = &mut a.scratch;
+        let x = &a.middle.get(layers - 1).x_mid;
+        let (rstd, residual) = (&mut a.small.get_mut(layers).rstd, Some((&*outer, a.x.get_mut(layers))));
+        backend.rmsnorm_forward(RmsNormForward { y, rstd, x, residual, w: &self.norm, t, c, eps })
     }
 
-    /// From the gradient of the final norm's output in grads.d_norm down to the lowest adapter.
+    /// From the gradient of the final norm's output in scratch.outer down to the lowest adapter.
     fn backward(&mut self, backend: &mut B, batch: &Batch<B>, dropout: Option<Dropout>) -> Result<()> {
         let grads = self.grads.as_mut().expect("a model loaded for training");
-        let (t, c, eps) = (batch.t, self.config.hidden_size, self.config.rms_norm_eps);
-        let (inv_freq, lora) = (&self.inv_freq, self.lora.as_ref());
+        let (t, c, eps, layers) = (batch.t, self.config.hidden_size, self.config.rms_norm_eps, self.blocks.len());
+        let (inv_freq, lora, a) = (&self.inv_freq, self.lora.as_ref(), &mut self.activations);
         let pass = Pass { t, positions: &batch.positions, inv_freq, lora, dropout, eps };
         let Some(lowest) = self.layout.sites.iter().min_by_key(|s| (s.layer, Stage::of(s.proj))) else {
             return Ok(());
         };
 
+        backend.enter(Scope::Backward);
         backend.zero_act(&mut grads.dres)?;
-        let (dx, dy, x, w, rstd) = (&mut grads.dres, &grads.d_norm, &self.last.x, &self.norm, &self.last.rstd);
+        let (dx, dy, x, w) = (&mut grads.dres, &a.scratch.outer, a.x.get(layers), &self.norm);
+        let rstd = &a.small.get(layers).rstd;
         backend.rmsnorm_backward(RmsNormBackward { dx, dy, x, w, rstd, t, c })?;
-        for layer in (lowest.layer..self.blocks.len()).rev() {
-            let (block, input, scratch) = (&self.blocks[layer], &mut self.inputs[layer], &mut self.scratch);
-            let recompute = self.options.gradient_checkpointing;
-            let saved = &mut self.saved[if recompute { 0 } else { layer }];
-            if recompute {
-                block.input_norm(backend, &pass, input, scratch, None)?;
-                block.forward(backend, &pass, LayerBuffers { input, saved, scratch }, Attend::Batch(batch))?;
+        for layer in (lowest.layer..layers).rev() {
+            backend.enter(Scope::Layer(layer));
+            a.fetch(backend, layer, t)?;
+            let (block, stale) = (&self.blocks[layer], a.stale(layer));
+            let buffers = &mut a.layer(layer);
+            if stale.mlp {
+                backend.enter(Scope::Recompute(layer));
+                block.recompute(backend, &pass, buffers, stale, batch)?;
+                backend.leave();
             }
             let bottom = (layer == lowest.layer).then(|| Stage::of(lowest.proj));
-            block.backward(backend, &pass, LayerBuffers { input, saved, scratch }, grads, batch, bottom)?;
+            block.backward(backend, &pass, buffers, grads, batch, bottom)?;
+            backend.leave();
         }
+        backend.leave();
         Ok(())
     }
 
@@ -229,20 +280,36 @@ impl<B: Backend> Model<B> {
     /// Forward and backward of one micro-batch: loss and gradients are added to.
     /// Panics unless the model was loaded for training with an adapter.
     pub fn loss_and_grad(&mut self, backend: &mut B, batch: &Batch<B>, dropout: Option<Dropout>) -> Result<()> {
-        self.forward(backend, batch, dropout)?;
-        let grads = self.grads.as_mut().expect("a model loaded for training");
-        let (c, v, head) = (self.config.hidden_size, self.config.vocab_size, self.head.as_ref().unwrap_or(&self.embed));
-        let (loss, dx, x) = (&mut self.loss, Some(&mut grads.d_norm), &self.scratch.norm);
-        backend.head_loss(HeadLoss { loss, dx, x, head, batch, c, v })?;
-        self.backward(backend, batch, dropout)
+        let key = self.key(StepKind::Train, batch, dropout);
+        backend.micro_step(key, dropout.map_or(0, |d| d.step), &mut |backend| {
+            self.forward(backend, batch, dropout, true)?;
+            self.head_loss(backend, batch, true)?;
+            self.backward(backend, batch, dropout)
+        })
     }
 
     /// Forward of one micro-batch: the loss is added to (evaluation).
     pub fn loss(&mut self, backend: &mut B, batch: &Batch<B>) -> Result<()> {
-        self.forward(backend, batch, None)?;
+        backend.micro_step(self.key(StepKind::Loss, batch, None), 0, &mut |backend| {
+            self.forward(backend, batch, None, false)?;
+            self.head_loss(backend, batch, false)
+        })
+    }
+
+    fn key(&self, kind: StepKind, batch: &Batch<B>, dropout: Option<Dropout>) -> StepKey {
+        let dropout = dropout.map(|d| (d.p.to_bits(), d.seed));
+        StepKey { model: self.number, kind, t: batch.t, b: batch.b, m: batch.m, dropout }
+    }
+
+    /// Adds the loss of the normed output in scratch.inner; `gradient`: leaves its gradient in scratch.outer.
+    fn head_loss(&mut self, backend: &mut B, batch: &Batch<B>, gradient: bool) -> Result<()> {
+        backend.enter(Scope::Head);
         let (c, v, head) = (self.config.hidden_size, self.config.vocab_size, self.head.as_ref().unwrap_or(&self.embed));
-        let (loss, x) = (&mut self.loss, &self.scratch.norm);
-        backend.head_loss(HeadLoss { loss, dx: None, x, head, batch, c, v })
+        let Scratch { inner: x, outer } = &mut self.activations.scratch;
+        let (loss, dx) = (&mut self.loss, gradient.then_some(outer));
+        backend.head_loss(HeadLoss { loss, dx, x, head, batch, c, v })?;
+        backend.leave();
+        Ok(())
     }
 
     /// The loss summed since `zero_grad`.
@@ -266,6 +333,7 @@ impl<B: Backend> Model<B> {
     ) -> Result<()> {
         let grads = &self.grads.as_ref().expect("a model loaded for training").d_lora;
         let lora = self.lora.as_mut().expect("a model with an adapter");
+        backend.enter(Scope::Optimizer);
         let AdamwSettings { groups, beta1, beta2, eps, max_grad_norm, step } = settings;
         backend.adamw(Adamw {
             state,
@@ -278,7 +346,9 @@ impl<B: Backend> Model<B> {
             eps: *eps,
             max_grad_norm: *max_grad_norm,
             step: *step,
-        })
+        })?;
+        backend.leave();
+        Ok(())
     }
 
     /// The gradients (P), for tests.
@@ -295,16 +365,16 @@ impl<B: Backend> Model<B> {
 
     /// Logits (rows.len(), V) of chosen rows of a batch.
     pub fn logits(&mut self, backend: &mut B, batch: &Batch<B>, rows: &[usize]) -> Result<Vec<f32>> {
-        self.forward(backend, batch, None)?;
+        self.forward(backend, batch, None, false)?;
         self.head_logits(backend, rows)
     }
 
-    /// Logits of rows of scratch.norm.
+    /// Logits of rows of scratch.inner.
     fn head_logits(&mut self, backend: &mut B, rows: &[usize]) -> Result<Vec<f32>> {
         let (c, v, head) = (self.config.hidden_size, self.config.vocab_size, self.head.as_ref().unwrap_or(&self.embed));
         let mut out = vec![0.0; rows.len() * v];
         for (rows, out) in rows.chunks(LOGIT_ROWS).zip(out.chunks_mut(LOGIT_ROWS * v)) {
-            let (logits, x) = (&mut self.logits, &self.scratch.norm);
+            let (logits, x) = (&mut self.logits, &self.activations.scratch.inner);
             backend.head_logits(HeadLogits { logits, x, head, rows, c, v })?;
             backend.read_f32(&self.logits, out)?;
         }
@@ -315,10 +385,11 @@ impl<B: Backend> Model<B> {
     pub fn new_cache(&mut self, backend: &mut B, capacity: usize) -> Result<Cache<B>> {
         let width = self.config.num_key_value_heads * self.config.head_dim;
         let mut layers = Vec::with_capacity(self.blocks.len());
+        backend.label(Item::KvCache);
         for _ in &self.blocks {
             layers.push(KvCache { k: backend.alloc_act(capacity * width)?, v: backend.alloc_act(capacity * width)? });
         }
-        Ok(Cache { layers, len: 0, capacity })
+        Ok(Cache { layers, len: 0, capacity, number: new_number() })
     }
 
     /// Runs new tokens of the cached sequence and gives the logits (V) after the last.
@@ -326,33 +397,44 @@ impl<B: Backend> Model<B> {
     pub fn decode(&mut self, backend: &mut B, cache: &mut Cache<B>, tokens: &[i32]) -> Result<Vec<f32>> {
         assert!(!tokens.is_empty() && cache.len + tokens.len() <= cache.capacity, "tokens fit the cache");
         let mut row = 0;
-        for chunk in tokens.chunks(self.options.max_tokens) {
+        for chunk in tokens.chunks(self.max_tokens) {
             self.decode_chunk(backend, cache, chunk)?;
             row = chunk.len() - 1;
         }
         self.head_logits(backend, &[row])
     }
 
-    /// At most `max_tokens` new tokens; leaves the normed output in scratch.norm.
+    /// At most `max_tokens` new tokens; leaves the normed output in scratch.inner.
     fn decode_chunk(&mut self, backend: &mut B, cache: &mut Cache<B>, tokens: &[i32]) -> Result<()> {
-        let (t, c, eps, past) = (tokens.len(), self.config.hidden_size, self.config.rms_norm_eps, cache.len);
+        let (t, past) = (tokens.len(), cache.len);
         let positions: Vec<i32> = (past..past + t).map(|p| p as i32).collect();
         backend.write_i32(&mut self.tokens, tokens)?;
         backend.write_i32(&mut self.positions, &positions)?;
-        let (inv_freq, lora) = (&self.inv_freq, self.lora.as_ref());
-        let pass = Pass { t, positions: &self.positions, inv_freq, lora, dropout: None, eps };
-        // One slot serves every layer: nothing is kept for backward.
-        let (input, saved, scratch) = (&mut self.inputs[0], &mut self.saved[0], &mut self.scratch);
-        backend.embedding(Embedding { x: &mut input.x, tokens: &self.tokens, table: &self.embed, t, c })?;
-        for (layer, (block, cache)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
-            block.input_norm(backend, &pass, input, scratch, (layer > 0).then_some(&saved.x_mid))?;
-            block.forward(backend, &pass, LayerBuffers { input, saved, scratch }, Attend::Cache { cache, past })?;
-            block.output(backend, &pass, LayerBuffers { input, saved, scratch })?;
-        }
+        let key = StepKey { model: cache.number, kind: StepKind::Decode, t, b: 1, m: 1, dropout: None };
+        backend.micro_step(key, 0, &mut |backend| self.decode_layers(backend, &mut cache.layers, t, past))?;
         cache.len += t;
-        let (x, residual) = (&saved.x_mid, Some((&scratch.branch, &mut self.last.x)));
-        let (y, rstd, w) = (&mut scratch.norm, &mut self.last.rstd, &self.norm);
-        backend.rmsnorm_forward(RmsNormForward { y, rstd, x, residual, w, t, c, eps })
+        Ok(())
+    }
+
+    /// Of the `t` tokens in self.tokens. In a model for training this spoils what was kept for backward.
+    fn decode_layers(&mut self, backend: &mut B, cache: &mut [KvCache<B>], t: usize, past: usize) -> Result<()> {
+        backend.enter(Scope::Decode);
+        let (c, eps, a, positions) =
+            (self.config.hidden_size, self.config.rms_norm_eps, &mut self.activations, &self.positions);
+        let pass = Pass { t, positions, inv_freq: &self.inv_freq, lora: self.lora.as_ref(), dropout: None, eps };
+        let x = a.x.get_mut(0);
+        backend.embedding(Embedding { x, tokens: &self.tokens, table: &self.embed, t, c })?;
+        for (layer, (block, cache)) in self.blocks.iter().zip(cache).enumerate() {
+            backend.enter(Scope::Layer(layer));
+            let below = (layer > 0).then(|| &a.middle.get(layer - 1).x_mid);
+            let (x, rstd) = (a.x.get_mut(layer), &mut a.small.get_mut(layer).rstd);
+            block.input_norm(backend, &pass, x, rstd, &mut a.scratch, below)?;
+            block.forward(backend, &pass, &mut a.layer(layer), Attend::Cache { cache, past, positions })?;
+            backend.leave();
+        }
+        self.final_norm(backend, t)?;
+        backend.leave();
+        Ok(())
     }
 }
 
@@ -368,6 +450,7 @@ pub struct Cache<B: Backend> {
     /// Tokens it holds.
     pub len: usize,
     pub capacity: usize,
+    number: u64,
 }
 
 impl<B: Backend> Cache<B> {

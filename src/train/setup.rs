@@ -9,7 +9,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{ModelDir, QuantConfig, peft};
 use crate::data::{self, DataOptions, Dataset, EvalSize, Overlong, Row, Tokenizer};
 use crate::error::{Error, Result};
-use crate::model::{HostAdapter, Model, ModelOptions};
+use crate::model::{HostAdapter, Keep, LayerPlan, Model, ModelOptions};
 
 /// Rows to train on and rows held out.
 pub struct Data {
@@ -103,7 +103,9 @@ pub fn model<B: Backend>(
         })
         .transpose()?;
     let mut source = dir.source(quantize)?;
-    let options = ModelOptions { max_tokens, train: true, gradient_checkpointing: config.gradient_checkpointing };
+    let keep = if config.gradient_checkpointing { Keep::Input } else { Keep::All };
+    let plan = LayerPlan { keep, host: false };
+    let options = ModelOptions::training(max_tokens, dir.config().num_hidden_layers, plan);
     let (label, layers) = (format!("loading {}", config.model.display()), dir.config().num_hidden_layers as u64);
     let mut done = 0;
     Model::load(backend, dir.config(), &mut source, Some(adapter), options, &mut |_| {

@@ -167,7 +167,7 @@ impl<D: Device> Engine<D> {
     fn new(dir: &ModelDir, adapter: Option<&HostAdapter>, max_tokens: usize) -> Result<Self, Failed> {
         let mut backend = D::open()?;
         let mut source = dir.source(Some(NF4))?;
-        let options = ModelOptions { max_tokens, train: adapter.is_some(), gradient_checkpointing: false };
+        let options = ModelOptions { max_tokens, train: adapter.is_some(), layers: vec![] };
         let model = Model::load(&mut backend, dir.config(), &mut source, adapter, options, &mut |_| ())?;
         Ok(Self { backend, model })
     }

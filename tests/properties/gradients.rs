@@ -12,7 +12,7 @@ const SHARE: f64 = 1e-3;
 
 /// Checks the gradient of every tensor along itself, by two central differences whose cubic errors cancel.
 fn check(name: &str, config: &ModelConfig, adapter: &HostAdapter, quantize: Option<QuantConfig>, p: f32) {
-    let mut engine = Engine::load(config, Some(adapter), false, quantize);
+    let mut engine = Engine::load(config, Some(adapter), &[], quantize);
     let batch = [row(&[&sequence(config, 1, 11, 2), &sequence(config, 2, 7, 3)]), sequence(config, 3, 9, 1)];
     let dropout = (p > 0.0).then_some(Dropout { p, seed: 4, step: 6 });
     let grads = engine.step(&batch, dropout).grads;

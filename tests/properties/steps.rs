@@ -2,7 +2,8 @@
 
 use halfbyte::backend::{Backend, Dropout, HostBatch, IGNORE, OptimKind, ParamGroup};
 use halfbyte::data::{Dataset, Document, pack};
-use halfbyte::model::AdamwSettings;
+use halfbyte::model::{AdamwSettings, HostAdapter, Keep, LayerPlan, ModelConfig};
+use halfbyte::rng::{Stream, word};
 
 use crate::tiny::{Engine, Step, adapter, distance, everything, plain, row, sequence};
 
@@ -25,7 +26,7 @@ fn four() -> [HostBatch; 4] {
 #[test]
 fn one_by_four_equals_four_by_one_and_any_order() {
     let config = everything();
-    let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), false);
+    let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), &[]);
     let [a, b, c, d] = four();
     let together = engine.step(&[row(&[&a, &b, &c, &d])], None);
     let apart = engine.step(&[a.clone(), b.clone(), c.clone(), d.clone()], None);
@@ -40,7 +41,7 @@ fn one_by_four_equals_four_by_one_and_any_order() {
 #[test]
 fn packed_rows_give_the_gradients_of_unpacked_ones() {
     let config = everything();
-    let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), false);
+    let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), &[]);
     let document = |s: &HostBatch, i| Document {
         tokens: s.tokens.clone(),
         is_target: (0..s.tokens.len()).map(|t| t > 0 && s.targets[t - 1] != IGNORE).collect(),
@@ -59,7 +60,7 @@ fn packed_rows_give_the_gradients_of_unpacked_ones() {
 #[test]
 fn packed_rows_equal_rows_run_apart() {
     for config in [plain(), everything()] {
-        let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), false);
+        let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), &[]);
         let sequences = four();
         let packed = engine.logits(&row(&sequences.iter().collect::<Vec<_>>()));
         let apart: Vec<f32> = sequences.iter().flat_map(|s| engine.logits(s)).collect();
@@ -70,7 +71,7 @@ fn packed_rows_equal_rows_run_apart() {
 #[test]
 fn a_micro_batch_without_targets_adds_nothing() {
     let config = everything();
-    let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), false);
+    let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), &[]);
     let [a, mut silent, c, _] = four();
     silent.targets.fill(IGNORE);
     let with = engine.step(&[a.clone(), silent, c.clone()], None);
@@ -78,15 +79,50 @@ fn a_micro_batch_without_targets_adds_nothing() {
     assert!(with.grads.iter().all(|g| g.is_finite()) && with.norm > 0.0);
 }
 
+/// What each layer can keep, and where.
+fn choices() -> impl Iterator<Item = LayerPlan> {
+    Keep::ALL.into_iter().flat_map(|keep| [false, true].map(|host| LayerPlan { keep, host }))
+}
+
+/// Loss and gradients, and between two steps an evaluation in the same buffers.
+fn two_steps(config: &ModelConfig, adapter: &HostAdapter, layers: &[LayerPlan], dropout: Option<Dropout>) -> [Step; 2] {
+    let mut engine = Engine::new(config, Some(adapter), layers);
+    let micro_batches = four();
+    let first = engine.step(&micro_batches, dropout);
+    engine.loss(&micro_batches[1]);
+    [first, engine.step(&micro_batches[..2], dropout)]
+}
+
 #[test]
-fn recomputing_gives_the_same_bits() {
-    for config in [plain(), everything()] {
+fn whatever_the_layers_keep_and_wherever_gives_the_same_bits() {
+    for config in [plain(), ModelConfig { num_hidden_layers: 5, windows: vec![None; 5], ..everything() }] {
         for dropout in [None, Some(Dropout { p: 0.3, seed: 5, step: 2 })] {
             let adapter = adapter(&config, "all-linear");
-            let micro_batches = four();
-            let kept = Engine::new(&config, Some(&adapter), false).step(&micro_batches, dropout);
-            let recomputed = Engine::new(&config, Some(&adapter), true).step(&micro_batches, dropout);
-            assert_eq!(kept, recomputed);
+            let all = two_steps(&config, &adapter, &[], dropout);
+            assert!(all[0].norm > 0.0 && all[0].norm.is_finite());
+            for plan in choices() {
+                let layers = vec![plan; config.num_hidden_layers];
+                assert_eq!(all, two_steps(&config, &adapter, &layers, dropout), "{plan:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn any_mix_of_choices_over_the_layers_gives_the_same_bits() {
+    let config = ModelConfig { num_hidden_layers: 6, windows: vec![None; 6], ..everything() };
+    let choices: Vec<LayerPlan> = choices().collect();
+    for (targets, dropout) in [
+        ("all-linear", Some(Dropout { p: 0.3, seed: 5, step: 2 })),
+        (r".*\.[2-5]\..*(o|up|down)_proj", None),
+        (r".*\.[1-5]\..*(q|gate)_proj", None),
+    ] {
+        let adapter = adapter(&config, targets);
+        let all = two_steps(&config, &adapter, &[], dropout);
+        for case in 0..24 {
+            let pick = |layer| choices[word(9, Stream::Sampling, case, layer) as usize % choices.len()];
+            let layers: Vec<LayerPlan> = (0..6).map(pick).collect();
+            assert_eq!(all, two_steps(&config, &adapter, &layers, dropout), "{targets}: {layers:?}");
         }
     }
 }
@@ -95,12 +131,12 @@ fn recomputing_gives_the_same_bits() {
 fn dropout_repeats_by_seed_and_step_and_differs_otherwise() {
     let config = plain();
     let adapter = adapter(&config, "all-linear");
-    let mut engine = Engine::new(&config, Some(&adapter), false);
+    let mut engine = Engine::new(&config, Some(&adapter), &[]);
     let batch = [row(&four().iter().collect::<Vec<_>>())];
     let drop = |seed, step, p| Some(Dropout { p, seed, step });
     let one = engine.step(&batch, drop(1, 1, 0.25));
     assert_eq!(one, engine.step(&batch, drop(1, 1, 0.25)), "the same seed and step");
-    assert_eq!(one, Engine::new(&config, Some(&adapter), false).step(&batch, drop(1, 1, 0.25)), "a run of its own");
+    assert_eq!(one, Engine::new(&config, Some(&adapter), &[]).step(&batch, drop(1, 1, 0.25)), "a run of its own");
     assert_ne!(one.grads, engine.step(&batch, drop(2, 1, 0.25)).grads, "another seed");
     assert_ne!(one.grads, engine.step(&batch, drop(1, 2, 0.25)).grads, "another step");
     let none = engine.step(&batch, None);
@@ -111,7 +147,7 @@ fn dropout_repeats_by_seed_and_step_and_differs_otherwise() {
 #[test]
 fn decoding_with_a_cache_gives_the_logits_of_the_whole_sequence() {
     for config in [plain(), everything()] {
-        let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), false);
+        let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), &[]);
         let host = sequence(&config, 8, 19, 0);
         let (v, whole) = (config.vocab_size, engine.logits(&host));
         let mut cache = engine.model.new_cache(&mut engine.cpu, 19).expect("a cache");
@@ -140,7 +176,7 @@ fn one_step_of_adamw_matches_the_formula_with_the_clip_active_and_not() {
     let adapter = adapter(&config, "all-linear");
     let len = adapter.layout.len;
     for max_grad_norm in [0.01, 1e6, 0.0] {
-        let mut engine = Engine::new(&config, Some(&adapter), false);
+        let mut engine = Engine::new(&config, Some(&adapter), &[]);
         let mut state = engine.cpu.new_optimizer(OptimKind::AdamwTorch, &adapter.weights).expect("an optimizer");
         let step = engine.step(&four(), None);
         let half = len / 2;
@@ -170,7 +206,7 @@ fn one_step_of_adamw_matches_the_formula_with_the_clip_active_and_not() {
 fn the_working_copy_follows_the_optimizer() {
     let config = plain();
     let adapter = adapter(&config, "all-linear");
-    let mut engine = Engine::new(&config, Some(&adapter), false);
+    let mut engine = Engine::new(&config, Some(&adapter), &[]);
     let mut state = engine.cpu.new_optimizer(OptimKind::PagedAdamw32bit, &adapter.weights).expect("an optimizer");
     let mut losses = Vec::new();
     for step in 1..=10 {

@@ -5,7 +5,8 @@ use halfbyte::backend::{Batch, Dropout, HostBatch, IGNORE};
 use halfbyte::checkpoint::QuantConfig;
 use halfbyte::error::Result;
 use halfbyte::model::{
-    Family, HostAdapter, LoraConfig, Model, ModelConfig, ModelOptions, Proj, RopeScaling, TargetModules, WeightSource,
+    Family, HostAdapter, LayerPlan, LoraConfig, Model, ModelConfig, ModelOptions, Proj, RopeScaling, TargetModules,
+    WeightSource,
 };
 use halfbyte::nf4::{QuantType, quantize};
 use halfbyte::rng::{Stream, uniform, word};
@@ -159,20 +160,20 @@ pub struct Step {
 }
 
 impl Engine {
-    pub fn new(config: &ModelConfig, adapter: Option<&HostAdapter>, gradient_checkpointing: bool) -> Self {
+    pub fn new(config: &ModelConfig, adapter: Option<&HostAdapter>, layers: &[LayerPlan]) -> Self {
         let nf4 = QuantConfig { quant_type: QuantType::Nf4, double_quant: true };
-        Self::load(config, adapter, gradient_checkpointing, Some(nf4))
+        Self::load(config, adapter, layers, Some(nf4))
     }
 
     pub fn load(
         config: &ModelConfig,
         adapter: Option<&HostAdapter>,
-        gradient_checkpointing: bool,
+        layers: &[LayerPlan],
         quantize: Option<QuantConfig>,
     ) -> Self {
         let mut cpu = Cpu::new(Some(2));
         let mut source = RandomWeights { config, quantize };
-        let options = ModelOptions { max_tokens: 96, train: adapter.is_some(), gradient_checkpointing };
+        let options = ModelOptions { max_tokens: 96, train: adapter.is_some(), layers: layers.to_vec() };
         let model = Model::load(&mut cpu, config, &mut source, adapter, options, &mut |_| ()).expect("a model");
         Self { cpu, model }
     }

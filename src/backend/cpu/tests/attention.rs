@@ -165,7 +165,9 @@ fn decode_in_any_chunks_equals_forward_over_the_whole_sequence() {
         for n in chunks {
             let qkv = whole.qkv[past * row..(past + n) * row].to_vec();
             let mut o = poisoned(n * out);
-            let a = AttentionDecode { o: &mut o, cache: &mut cache, qkv: &qkv, t: n, past, heads };
+            let positions: Vec<i32> = (past..past + n).map(|p| p as i32).collect();
+            let a =
+                AttentionDecode { o: &mut o, cache: &mut cache, qkv: &qkv, positions: &positions, t: n, past, heads };
             cpu.attention_decode(a).unwrap();
             assert_close("o", &o, &wide(&whole.o[past * out..][..n * out]), 2e-6);
             past += n;
@@ -189,6 +191,14 @@ fn wrong_sizes_name_op_and_argument() {
     let a = AttentionForward { o, lse, qkv, batch, heads: Heads { h: 2, ..heads } };
     assert_shape_error(cpu.attention_forward(a), "attention_forward", "cu_seqlens (first)");
     let mut cache = KvCache { k: vec![0.0; 4 * 4], v: vec![0.0; 4 * 4] };
-    let a = AttentionDecode { o, cache: &mut cache, qkv, t: 1, past: 4, heads: Heads { h: 2, ..heads } };
+    let a = AttentionDecode {
+        o,
+        cache: &mut cache,
+        qkv,
+        positions: &vec![4],
+        t: 1,
+        past: 4,
+        heads: Heads { h: 2, ..heads },
+    };
     assert_shape_error(cpu.attention_decode(a), "attention_decode", "cache.k");
 }
