@@ -16,6 +16,11 @@ __device__ __forceinline__ void cp_async16(uint32_t to_shared, const void *from,
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
 }
 
+// The same for the first `bytes` (0 to 16) of the 16; the rest become zeros, and nothing behind them is read.
+__device__ __forceinline__ void cp_async16_part(uint32_t to_shared, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most N of this thread's groups are under way. A barrier must follow before other threads read.

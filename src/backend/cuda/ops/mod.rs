@@ -32,7 +32,6 @@ fn check(op: &'static str, argument: &'static str, found: usize, expected: usize
 }
 
 /// An argument must have `expected` elements or more: buffers are made for the largest micro-batch.
-#[expect(dead_code, reason = "the ops of the graph use it")]
 fn check_least(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
     if found >= expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
 }

@@ -1,0 +1,48 @@
+// The bf16 matrix product of every card from sm_80 on. See gemm.cuh for how.
+
+#include "gemm.cuh"
+
+// gemm    c = alpha * (a·op(b) + a2·op(b2)) + bias + c,  each term after the first where it is asked for.
+//
+//   c     (m, n)            bf16 or f32  =, or += where `accumulate`; rows ldc apart
+//   a     (m, k)            bf16, rows lda apart
+//   b     (n, k) or (k, n)  bf16, rows ldb apart: (n, k) where b_transposed
+//   a2    (m, k2)           bf16, rows lda2 apart; k2 = 0: no second product
+//   b2    (n, k2) or (k2, n), as b, rows ldb2 apart
+//   bias  (n)               bf16 or null
+//
+// Sums in f32, one rounding, no atomics, no split of k: the same bits in every run, on every card, for every alignment.
+// Fast where pointers and rows of a, b, a2, b2 start at 16 bytes; m, n, k, k2 may be ragged. m = 0 or n = 0: no launch.
+// Floor: 2 m n (k + k2) flops.
+struct Gemm {
+    void *c;
+    const bf16 *a, *b, *a2, *b2, *bias;
+    int64_t ldc, lda, ldb, lda2, ldb2;
+    int32_t m, n, k, k2;
+    float alpha;
+    int32_t accumulate, b_transposed;
+    Dtype c_dtype;
+};
+static_assert(sizeof(Gemm) == 120, "as in src/backend/cuda/ffi/gemm.rs");
+
+HALFBYTE_API cudaError_t gemm(const Gemm *args, cudaStream_t stream) {
+    const Gemm &g = *args;
+    if (g.m == 0 || g.n == 0) return cudaSuccess;
+    if (g.c_dtype != Dtype::F32 && g.c_dtype != Dtype::Bf16) return cudaErrorInvalidValue;
+    const bool c_f32 = g.c_dtype == Dtype::F32;
+    GemmParams p{};
+    p.c = g.c;
+    p.ldc = g.ldc;
+    p.main = {g.a, g.b, g.lda, g.ldb, g.k};
+    p.pair = {g.a2, g.b2, g.lda2, g.ldb2, g.k2};
+    p.bias = g.bias;
+    p.alpha = g.alpha;
+    p.m = g.m;
+    p.n = g.n;
+    p.accumulate = g.accumulate != 0;
+    p.c_f32 = c_f32;
+    p.c_vectors = is_aligned(g.c, 16) && g.ldc % (c_f32 ? 4 : 8) == 0;
+    const bool aligned = gemm_aligned(p.main, true) && gemm_aligned(p.pair, true);
+    return g.b_transposed ? gemm_dispatch<Bf16Source, true>(p, {}, aligned, stream)
+                          : gemm_dispatch<Bf16Source, false>(p, {}, aligned, stream);
+}
