@@ -1,0 +1,186 @@
+// What the kernels of attention_sm90.cu and attention_sm90_backward.cu share: tiles, products, masks.
+//
+// A CTA is two warpgroups; it owns 128 queries of one head (forward, dq) or 128 keys of one KV head (dk, dv), 64 rows to a
+// warpgroup, and walks over the tiles of the other side in order, two stages of them in shared memory. Probabilities never
+// leave registers: they come out of one product as sums and go into the next as its A operand. All threads copy.
+// One barrier a tile: behind it everybody's copies of this tile have arrived and all products of the last one are done.
+#pragma once
+
+#include "attention.cuh"
+#include "wgmma.cuh"
+
+constexpr int THREADS = 256;
+constexpr int ROWS = 128; // of the tile that a CTA owns
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// A tile in shared memory starts at a multiple of 1024 bytes; the CTA's first tile within the first ALIGNMENT bytes.
+constexpr uint32_t ALIGNMENT = 1024;
+
+__host__ __device__ constexpr uint32_t tile_bytes(int rows, int d) { return uint32_t(rows) * d * 2; }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+__device__ __forceinline__ uint32_t first_tile(uint32_t shared) { return (shared + ALIGNMENT - 1) & ~(ALIGNMENT - 1); }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ void cp_async4(uint32_t to_shared, const void *from, bool valid) {
+    const int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
+}
+
+// Copies R rows of D elements into a tile; rows from `valid` on become zeros.
+template <int R, int D>
+__device__ __forceinline__ void load_tile(uint32_t tile, const bf16 *from, size_t ld, int valid) {
+    constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
+    static_assert(STEP % 8 == 0 && R % STEP == 0, "the swizzle of a thread's rows is one");
+    const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    const uint32_t to = tile + (chunk / 8) * (R * 128) + swizzle128(row, chunk % 8);
+    const bf16 *p = from + row * ld + chunk * 8;
+#pragma unroll
+    for (int r = 0; r < R; r += STEP) {
+        cp_async16(to + r * 128, p, row + r < valid);
+        p += STEP * ld;
+    }
+}
+
+// d (64 x N) = a bᵀ over D columns: 64 rows from `a` on of a tile of ROWS rows, and a tile of N rows.
+template <int D, int HALF_N> __device__ __forceinline__ void product_nt(float (&d)[HALF_N], uint32_t a, uint32_t b) {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+        wgmma_shared_a(d, descriptor_k_major(a + (k / 4) * (ROWS * 128) + (k % 4) * 32),
+                       descriptor_k_major(b + (k / 4) * (2 * HALF_N * 128) + (k % 4) * 32), k > 0);
+}
+
+// d (64 x D) += p (64 x 16 S) b: a tile of 16 S rows.
+template <int S, int HALF_D>
+__device__ __forceinline__ void product_nn(float (&d)[HALF_D], const uint32_t (&p)[S][4], uint32_t b) {
+#pragma unroll
+    for (int k = 0; k < S; ++k) wgmma_register_a(d, p[k], descriptor_mn_major(b + k * 2048, S * 16 * 128), 1);
+}
+
+template <int S> __device__ __forceinline__ void pack(uint32_t (&p)[S][4], const float (&s)[8 * S]) {
+#pragma unroll
+    for (int k = 0; k < S; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[k][i] = pack_bf16(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+}
+
+// Rounds 64 rows of a warpgroup's sums, times the factor of the row, and writes them to rows below `valid` of `to` (row 0
+// of the CTA's tile), by way of a tile in shared memory that nobody reads any more.
+template <int D>
+__device__ __forceinline__ void store_rows(bf16 *to, size_t ld, int valid, uint8_t *tile, const float (&d)[D / 2],
+                                           float factor0, float factor8) {
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
+    const int row = first + lane / 4;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+        uint8_t *at = tile + (n / 8) * (ROWS * 128) + swizzle128(row, n % 8) + 4 * (lane % 4);
+        *reinterpret_cast<uint32_t *>(at) = pack_bf16(d[4 * n] * factor0, d[4 * n + 1] * factor0);
+        *reinterpret_cast<uint32_t *>(at + 8 * 128) = pack_bf16(d[4 * n + 2] * factor8, d[4 * n + 3] * factor8);
+    }
+    __syncwarp(); // a warp reads back what it wrote itself
+    constexpr int CHUNKS = D / 8;
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; ++i) {
+        const int r = first + (i * 32 + lane) / CHUNKS, chunk = lane % CHUNKS;
+        const uint8_t *at = tile + (chunk / 8) * (ROWS * 128) + swizzle128(r, chunk % 8);
+        if (r < valid) *reinterpret_cast<uint4 *>(to + r * ld + chunk * 8) = *reinterpret_cast<const uint4 *>(at);
+    }
+}
+
+// Where the inputs of one head of one sequence start; rows are `ld` apart.
+struct Inputs {
+    const bf16 *q, *k, *v;
+    size_t ld;
+};
+
+template <int D> __device__ __forceinline__ Inputs inputs_of(const bf16 *qkv, int start, int head, int h, int g) {
+    const size_t ld = size_t(h + 2 * g) * D;
+    const bf16 *sequence = qkv + start * ld;
+    const int kv = head / (h / g);
+    return {sequence + head * D, sequence + (h + kv) * D, sequence + (h + g + kv) * D, ld};
+}
+
+// Scores of a warp's rows (queries) and of keys from `key0` on that the rows do not see become -inf.
+template <int HALF_N>
+__device__ __forceinline__ void mask_keys(float (&s)[HALF_N], int key0, int warp_row, int window) {
+    if (key0 + 2 * HALF_N - 1 <= warp_row && key0 > warp_row + 15 - window) return;
+    const int row = warp_row + threadIdx.x % 32 / 4, key = key0 + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < HALF_N; ++n) {
+        const int j = key + n / 4 * 8 + n % 2, i = row + n % 4 / 2 * 8;
+        if (j > i || j <= i - window) s[n] = -INFINITY;
+    }
+}
+
+// The same where rows are keys and columns, from `query0` on, queries.
+template <int HALF_N>
+__device__ __forceinline__ void mask_queries(float (&s)[HALF_N], int query0, int warp_row, int window) {
+    if (warp_row + 15 <= query0 && warp_row > query0 + 2 * HALF_N - 1 - window) return;
+    const int row = warp_row + threadIdx.x % 32 / 4, query = query0 + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < HALF_N; ++n) {
+        const int i = query + n / 4 * 8 + n % 2, j = row + n % 4 / 2 * 8;
+        if (j > i || j <= i - window) s[n] = -INFINITY;
+    }
+}
+
+// One tile of the running softmax, for the two rows of the thread: s becomes exp2(c s - c top), `sum` takes it in, and
+// `rescale` is what earlier sums must be multiplied by. `sum` is of this lane's columns alone.
+template <int HALF_N>
+__device__ __forceinline__ void softmax_tile(float (&s)[HALF_N], float (&top)[2], float (&sum)[2], float (&rescale)[2],
+                                             float c) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float m0 = top[half], m1 = top[half];
+#pragma unroll
+        for (int n = 2 * half; n < HALF_N; n += 4) {
+            m0 = fmaxf(m0, s[n]);
+            m1 = fmaxf(m1, s[n + 1]);
+        }
+        const float m = lanes_max<4>(fmaxf(m0, m1));
+        const float shift = m == -INFINITY ? 0.0f : m * c; // a row that saw no key yet
+        rescale[half] = exp2_fast(top[half] * c - shift);
+        top[half] = m;
+        float sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+        for (int n = 2 * half; n < HALF_N; n += 4) {
+            s[n] = exp2_fast(fmaf(s[n], c, -shift));
+            s[n + 1] = exp2_fast(fmaf(s[n + 1], c, -shift));
+            sum0 += s[n];
+            sum1 += s[n + 1];
+        }
+        sum[half] = fmaf(sum[half], rescale[half], sum0 + sum1);
+    }
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(FULL_WARP, x, 1);
+    return x + __shfl_xor_sync(FULL_WARP, x, 2);
+}
+
+#endif // __CUDA_ARCH_FEAT_SM90_ALL
+
+// Hopper alone has the instructions, and only the code for sm_90a holds them.
+inline cudaError_t check_device() {
+    int device = 0, major = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (status != cudaSuccess) return status;
+    return major == 9 ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+
+template <typename A>
+cudaError_t launch(void (*kernel)(A), size_t ctas, size_t shared_bytes, const A &a, cudaStream_t stream) {
+    if (ctas > 0x7fffffff) return cudaErrorInvalidValue;
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (status != cudaSuccess) return status;
+    kernel<<<unsigned(ctas), THREADS, shared_bytes, stream>>>(a);
+    return cudaGetLastError();
+}
