@@ -16,6 +16,7 @@ pub mod rope;
 pub mod swiglu;
 
 use super::{Cuda, ffi};
+use crate::backend::Heads;
 use crate::error::{Error, Result};
 
 impl Cuda {
@@ -34,4 +35,14 @@ fn check(op: &'static str, argument: &'static str, found: usize, expected: usize
 /// An argument must have `expected` elements or more: buffers are made for the largest micro-batch.
 fn check_least(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
     if found >= expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
+}
+
+/// H query heads in groups of H/G, an even head size, a window that sees something.
+fn check_heads(op: &'static str, heads: Heads) -> Result<()> {
+    check_least(op, "heads.d", heads.d, 1)?;
+    check(op, "heads.d (even)", heads.d % 2, 0)?;
+    if heads.g == 0 || !heads.h.is_multiple_of(heads.g) {
+        return Err(Error::Shape { op, argument: "heads", found: heads.h, expected: heads.g });
+    }
+    check_least(op, "window", heads.window.unwrap_or(1), 1)
 }
