@@ -1,0 +1,633 @@
+// LoRA's skinny products. x, dy (T, thousands) are read once, the ranks are few: all of it is bound by memory.
+//
+// The tall matrix goes through the tensor cores tile by tile (lora.cuh: sweep). Sums that several CTAs share are written
+// to the scratch as f32 partial sums and added up in a fixed order by a second kernel. How the work is split follows from
+// the shapes alone: the same bits in every run and on every card.
+
+#include "lora.cuh"
+
+namespace {
+
+using namespace lora;
+
+constexpr int CTAS = 256; // about as many as a sweep is split into: two on each SM of a large card
+
+// ---- sums of the partial sums ------------------------------------------------------------------------------------
+
+// One strip of rows: h or dh.
+struct RowSum {
+    uint64_t at; // (splits, T, count)
+    int32_t splits, first, count, pad;
+};
+struct RowSums {
+    LoraGroup group;
+    RowSum of[MAX_STRIPS];
+    bf16 *out; // (T, R)
+    const float *partial;
+    float factor;
+    int32_t t;
+};
+
+// out[t, first + j] = bf16(scale * factor * sum over the splits)
+__global__ void __launch_bounds__(LORA_THREADS) row_sum_kernel(const __grid_constant__ RowSums a) {
+    const RowSum &s = a.of[blockIdx.y];
+    const size_t n = size_t(a.t) * s.count, e = blockIdx.x * size_t(LORA_THREADS) + threadIdx.x;
+    if (e >= n) return;
+    const float *from = a.partial + s.at + e;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int split = 0; split < s.splits; ++split) sum += from[split * n];
+    const int j = s.first + int(e % s.count);
+    const float scale = a.group.parts[part_of(a.group, j)].scale;
+    a.out[e / s.count * a.group.r + j] = __float2bfloat16_rn(sum * (scale * a.factor));
+}
+
+// One strip of columns: ranks of dA (j, w), or of dB (w, j).
+struct ColSum {
+    uint64_t at; // (splits, count, width) for A, (splits, width, count) for B
+    float factor;
+    int32_t splits, first, count, width;
+    int32_t is_a;
+};
+constexpr int MAX_COL_SUMS = 2 * MAX_STRIPS;
+struct ColSums {
+    LoraGroup group;
+    ColSum of[MAX_COL_SUMS];
+    float *out; // (P)
+    const float *partial;
+};
+
+// out += factor * sum over the splits
+__global__ void __launch_bounds__(LORA_THREADS) col_sum_kernel(const __grid_constant__ ColSums a) {
+    const ColSum &s = a.of[blockIdx.y];
+    const size_t n = size_t(s.width) * s.count, e = blockIdx.x * size_t(LORA_THREADS) + threadIdx.x;
+    if (e >= n) return;
+    const float *from = a.partial + s.at + e;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int split = 0; split < s.splits; ++split) sum += from[split * n];
+    const int j = s.first + int(s.is_a ? e / s.width : e % s.count);
+    const LoraPart &part = a.group.parts[part_of(a.group, j)];
+    const size_t to = s.is_a ? part.a + size_t(j - part.h) * s.width + e % s.width
+                             : part.b + e / s.count * part.r + (j - part.h);
+    a.out[to] += s.factor * sum;
+}
+
+// ---- how a sweep is split -----------------------------------------------------------------------------------------
+
+int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+// A sweep being put together, and where its partial sums end.
+struct Plan {
+    Sweep sweep{};
+    int strips = 0;
+    int widest = 0;
+    uint64_t used; // floats of the scratch
+    int most_chunks = 1, splits = 1;
+
+    Plan(const LoraGroup &group, const bf16 *s, uint64_t ld, int t, float *scratch, uint64_t used) : used(used) {
+        sweep.group = group;
+        sweep.s = s;
+        sweep.ld = ld;
+        sweep.t = t;
+        sweep.partial = scratch;
+        sweep.s_aligned = is_aligned(s, 16) && ld % 8 == 0;
+    }
+
+    void add(int col, int width, int first, int count) {
+        sweep.strips[strips++] = Strip{col, width, first, count, 0, 0, 0, 0};
+        sweep.s_aligned = sweep.s_aligned && col % 8 == 0;
+        widest = width > widest ? width : widest;
+    }
+
+    // The ranks of one part, `most` a strip.
+    void add_part(int col, int width, const LoraPart &part, int most) {
+        for (int j = 0; j < part.r; j += most) add(col, width, part.h + j, part.r - j < most ? part.r - j : most);
+    }
+
+    // Strips over x: all ranks together, or with dropout each part for itself, as each has masks of its own.
+    void add_x(int k, bool dropout) {
+        for (int j = 0; !dropout && j < sweep.group.r; j += 64)
+            add(0, k, j, sweep.group.r - j < 64 ? sweep.group.r - j : 64);
+        for (int p = 0; dropout && p < sweep.group.count; ++p) add_part(0, k, sweep.group.parts[p], 64);
+    }
+
+    void meet(const bf16 *h) {
+        sweep.h = h;
+        sweep.h_aligned = is_aligned(h, 16) && sweep.group.r % 8 == 0;
+        for (int s = 0; s < strips; ++s) sweep.h_aligned = sweep.h_aligned && sweep.strips[s].first % 8 == 0;
+    }
+
+    void multiply(bool by_b, int k) {
+        sweep.m_aligned = is_aligned(sweep.group.lora, 16) && (by_b || k % 8 == 0);
+        for (int p = 0; p < sweep.group.count; ++p) {
+            const LoraPart &part = sweep.group.parts[p];
+            sweep.m_aligned = sweep.m_aligned && (by_b ? part.b % 8 == 0 && part.r % 8 == 0 : part.a % 8 == 0);
+        }
+    }
+
+    void split_columns(int chunk_w) {
+        sweep.chunk_w = chunk_w;
+        for (int s = 0; s < strips; ++s) {
+            sweep.strips[s].chunks = ceil_div(sweep.strips[s].width, chunk_w);
+            most_chunks = sweep.strips[s].chunks > most_chunks ? sweep.strips[s].chunks : most_chunks;
+        }
+    }
+
+    int all_chunks() const {
+        int all = 0;
+        for (int s = 0; s < strips; ++s) all += sweep.strips[s].chunks;
+        return all;
+    }
+
+    // Between `least` and CTAS CTAs, but no more than one for 8 tiles of rows where that makes `least`: each chunk of
+    // rows costs partial sums.
+    void split_rows(int least) {
+        const int tiles = ceil_div(sweep.t, TILE_T), all = all_chunks();
+        const int low = clamp(least / all, 1, tiles), high = clamp(CTAS / all, 1, tiles);
+        const int chunks = clamp(tiles / 8, low, high);
+        sweep.chunk_t = ceil_div(tiles, chunks) * TILE_T;
+        splits = ceil_div(sweep.t, sweep.chunk_t);
+    }
+
+    void one_tile_of_rows() {
+        sweep.chunk_t = TILE_T;
+        splits = ceil_div(sweep.t, TILE_T);
+    }
+
+    void place_rows(RowSums &sums, int &n) {
+        for (int s = 0; s < strips; ++s) {
+            Strip &strip = sweep.strips[s];
+            strip.rows_at = used;
+            sums.of[n++] = RowSum{used, strip.chunks, strip.first, strip.count, 0};
+            used += uint64_t(strip.chunks) * sweep.t * strip.count;
+        }
+    }
+
+    void place_cols(ColSums &sums, int &n, bool is_a, float factor) {
+        sweep.rank_major = is_a;
+        for (int s = 0; s < strips; ++s) {
+            Strip &strip = sweep.strips[s];
+            strip.cols_at = used;
+            sums.of[n++] = ColSum{used, factor, splits, strip.first, strip.count, strip.width, is_a};
+            used += uint64_t(splits) * strip.width * strip.count;
+        }
+    }
+
+    template <bool ROWS, bool COLS, bool M_IS_B, int RT, int NW> cudaError_t launch(cudaStream_t stream) const {
+        constexpr int bytes = SweepShared<ROWS, COLS, RT>::BYTES;
+        const auto kernel = sweep_kernel<ROWS, COLS, M_IS_B, RT, NW>;
+        const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (set != cudaSuccess) return set;
+        const dim3 grid(strips, most_chunks, splits);
+        kernel<<<grid, LORA_THREADS, bytes, stream>>>(sweep);
+        return cudaGetLastError();
+    }
+};
+
+// Columns of a CTA that sums rows alone: enough CTAs, but not below 256 columns, as each chunk costs partial sums.
+int rows_chunk(int t, int width) {
+    const int chunks = clamp(CTAS / ceil_div(t, TILE_T), 1, ceil_div(width, 256));
+    return ceil_div(ceil_div(width, chunks), TILE_W) * TILE_W;
+}
+
+cudaError_t launch_row_sums(const RowSums &a, int n, cudaStream_t stream) {
+    int count = 0;
+    for (int s = 0; s < n; ++s) count = a.of[s].count > count ? a.of[s].count : count;
+    const dim3 grid(unsigned(ceil_div<size_t>(size_t(a.t) * count, LORA_THREADS)), n);
+    row_sum_kernel<<<grid, LORA_THREADS, 0, stream>>>(a);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_col_sums(const ColSums &a, int n, cudaStream_t stream) {
+    size_t most = 0;
+    for (int s = 0; s < n; ++s) {
+        const size_t of = size_t(a.of[s].width) * a.of[s].count;
+        most = of > most ? of : most;
+    }
+    const dim3 grid(unsigned(ceil_div<size_t>(most, LORA_THREADS)), n);
+    col_sum_kernel<<<grid, LORA_THREADS, 0, stream>>>(a);
+    return cudaGetLastError();
+}
+
+// ---- from the ranks to the columns --------------------------------------------------------------------------------
+
+constexpr int SPREAD_RANKS = 128; // of the slice of A or B that a CTA keeps in shared memory
+
+// Ranks of one part, at column `at` of the slice.
+struct Piece {
+    int32_t part, first, count, at;
+};
+constexpr int MAX_PIECES = LORA_MAX_PARTS * (LORA_MAX_RANK / SPREAD_RANKS);
+
+// out (T, ld) += sum over the pieces of drop'(h_p M_p): y by B, or dx by A.
+struct Spread {
+    LoraGroup group;
+    LoraDropout dropout;
+    Piece pieces[MAX_PIECES];
+    int32_t count; // of pieces
+    bool resident; // the slices of all pieces lie in shared memory together
+    bool out_aligned, m_aligned, h_aligned;
+    bf16 *out;
+    const bf16 *h; // (T, R)
+    uint64_t ld;
+    int32_t t, k;
+    int32_t chunk_t; // rows of a CTA
+    int32_t ranks;   // columns of the slice
+};
+
+// grid (chunks of 128 columns, chunks of rows, parts if BY_B). A CTA keeps its slice of M, as (column, rank), and walks
+// down its rows. The slice's rows are permuted so that a lane's sums are of 8 neighbouring columns: row
+// 32*q + 8*j + 2*i + e holds column 32*q + 8*i + 2*j + e.
+template <bool BY_B> __global__ void __launch_bounds__(LORA_THREADS, 2) spread_kernel(const __grid_constant__ Spread a) {
+    extern __shared__ __align__(128) char shared[];
+    const LoraGroup &group = a.group;
+    const LoraPart &own = group.parts[BY_B ? blockIdx.z : 0];
+    const int width = BY_B ? own.n : a.k, first_col = BY_B ? own.y : 0;
+    const int w0 = blockIdx.x * TILE_W;
+    if (w0 >= width) return;
+    const int t_first = blockIdx.y * a.chunk_t, t_end = min(t_first + a.chunk_t, a.t);
+
+    const int pitch = a.ranks * 2 + 16; // bytes: an odd number of 16, so that ldmatrix meets no bank twice
+    char *slice = shared, *tall = shared + TILE_W * pitch;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    const int g = lane / 4, i = lane % 4, row16 = (warp % 4) * 16, half = warp / 4;
+
+    const auto mine = [&](const Piece &p) { return !BY_B || p.part == int(blockIdx.z); };
+    const auto load_slice = [&](const Piece &p) {
+        const LoraPart &part = group.parts[p.part];
+        const int padded = ceil_div(p.count, 16) * 16;
+        if constexpr (BY_B) {
+            for (int n = tid; n < TILE_W * (padded / 8); n += LORA_THREADS) {
+                const int row = n / (padded / 8), chunk = n % (padded / 8);
+                const int col = row / 32 * 32 + row % 8 / 2 * 8 + row / 8 % 4 * 2 + row % 2;
+                const int valid = w0 + col < width ? p.count - 8 * chunk : 0;
+                const bf16 *from = group.lora + part.b + size_t(w0 + col) * part.r + (p.first + 8 * chunk);
+                load8(slice + row * pitch + (p.at + 8 * chunk) * 2, from, valid, a.m_aligned);
+            }
+        } else {
+            for (int n = tid; n < padded * (TILE_W / 8); n += LORA_THREADS) {
+                const int rank = n / (TILE_W / 8), col = n % (TILE_W / 8) * 8;
+                const bf16 *from = group.lora + part.a + size_t(p.first + rank) * a.k + (w0 + col);
+                const int valid = rank < p.count ? width - (w0 + col) : 0;
+                Vec8<bf16> v;
+                if (a.m_aligned && valid >= 8) {
+                    v = load_vec8(from);
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) v.at[e] = e < valid ? from[e] : __float2bfloat16_rn(0.0f);
+                }
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    const int row = col / 32 * 32 + e / 2 * 8 + col / 8 % 4 * 2 + e % 2;
+                    *reinterpret_cast<bf16 *>(slice + row * pitch + (p.at + rank) * 2) = v.at[e];
+                }
+            }
+        }
+    };
+    const auto load_tall = [&](const Piece &p, int t0) {
+        const int chunks = ceil_div(p.count, 16) * 2;
+        for (int n = tid; n < TILE_T * chunks; n += LORA_THREADS) {
+            const int row = n / chunks, chunk = n % chunks;
+            const int valid = t0 + row < a.t ? p.count - 8 * chunk : 0;
+            const bf16 *from = a.h + size_t(t0 + row) * group.r + (group.parts[p.part].h + p.first + 8 * chunk);
+            load8(tall + row * pitch + (p.at + 8 * chunk) * 2, from, valid, a.h_aligned);
+        }
+    };
+
+    const uint32_t slice_at = shared_address(slice), tall_at = shared_address(tall);
+    const bool dropout = !BY_B && a.dropout.step != nullptr;
+    const uint32_t number = dropout ? __ldg(a.dropout.step) : 0;
+    if (a.resident)
+        for (int p = 0; p < a.count; ++p)
+            if (mine(a.pieces[p])) load_slice(a.pieces[p]);
+
+    for (int t0 = t_first; t0 < t_end; t0 += TILE_T) {
+        // What is there already: lane's row g or g + 8, its 8 columns of two groups of 32.
+        Vec8<bf16> old[2][2];
+#pragma unroll
+        for (int q = 0; q < 2; ++q)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int t = t0 + row16 + g + 8 * r, w = w0 + half * 64 + q * 32 + 8 * i;
+                const bf16 *from = a.out + size_t(t) * a.ld + (first_col + w);
+                if (t < a.t && w + 8 <= width && a.out_aligned) old[q][r] = load_vec8(from);
+            }
+
+        float sum[8][4] = {};
+        if (a.resident) {
+            __syncthreads(); // all are done with the tile before
+            for (int p = 0; p < a.count; ++p)
+                if (mine(a.pieces[p])) load_tall(a.pieces[p], t0);
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
+        }
+        for (int p = 0; p < a.count; ++p) {
+            const Piece &piece = a.pieces[p];
+            if (!mine(piece)) continue;
+            if (!a.resident) {
+                __syncthreads();
+                load_slice(piece);
+                load_tall(piece, t0);
+                cp_async_commit();
+                cp_async_wait<0>();
+                __syncthreads();
+            }
+            // 32 columns at a time: the masks need the product of each part for itself.
+#pragma unroll
+            for (int q = 0; q < 2; ++q) {
+                float product[4][4] = {};
+                for (int k = 0; k < piece.count; k += 16) {
+                    const int col = (piece.at + k) * 2; // bytes
+                    uint32_t av[4];
+                    ldmatrix_x4(av, tall_at + (row16 + lane % 16) * pitch + col + lane / 16 * 16);
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+                        uint32_t bv[4];
+                        const int row = half * 64 + q * 32 + n * 16 + lane % 8 + lane / 16 * 8;
+                        ldmatrix_x4(bv, slice_at + row * pitch + col + lane / 8 % 2 * 16);
+                        mma_bf16(product[2 * n], av, bv[0], bv[1]);
+                        mma_bf16(product[2 * n + 1], av, bv[2], bv[3]);
+                    }
+                }
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    uint32_t keep = 0xff;
+                    if (dropout) {
+                        const int t = t0 + row16 + g + 8 * r, w = w0 + half * 64 + q * 32 + 8 * i;
+                        const uint64_t index = uint64_t(t) * a.k + uint64_t(w);
+                        keep = dropout_keep8(a.dropout, number, group.parts[piece.part].site, index, a.k % 4 == 0);
+                    }
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) {
+                        const int c = r * 2 + e % 2;
+                        sum[q * 4 + e / 2][c] += keep >> e & 1 ? product[e / 2][c] : 0.0f;
+                    }
+                }
+            }
+        }
+
+        const float factor = dropout ? a.dropout.inverse : 1.0f;
+#pragma unroll
+        for (int q = 0; q < 2; ++q)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int t = t0 + row16 + g + 8 * r, w = w0 + half * 64 + q * 32 + 8 * i;
+                if (t >= a.t) continue;
+                bf16 *to = a.out + size_t(t) * a.ld + (first_col + w);
+                if (w + 8 <= width && a.out_aligned) {
+                    Vec8<bf16> v;
+#pragma unroll
+                    for (int e = 0; e < 8; ++e)
+                        v.at[e] = __float2bfloat16_rn(to_f32(old[q][r].at[e]) + factor * sum[q * 4 + e / 2][r * 2 + e % 2]);
+                    store_vec8(to, v);
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 8; ++e)
+                        if (w + e < width)
+                            to[e] = __float2bfloat16_rn(to_f32(to[e]) + factor * sum[q * 4 + e / 2][r * 2 + e % 2]);
+                }
+            }
+    }
+}
+
+template <bool BY_B> cudaError_t launch_spread(Spread &a, int widest, cudaStream_t stream) {
+    // All ranks of the slice at once where they fit: for B one part's, for A those of all.
+    int at = 0, most = 0;
+    for (int p = 0; p < a.group.count; ++p) {
+        const int padded = ceil_div(a.group.parts[p].r, 16) * 16;
+        at += padded;
+        most = padded > most ? padded : most;
+    }
+    const int resident = BY_B ? most : at;
+    a.resident = resident <= SPREAD_RANKS;
+    a.ranks = a.resident ? resident : SPREAD_RANKS;
+    at = 0;
+    for (int p = 0; p < a.group.count; ++p) {
+        const LoraPart &part = a.group.parts[p];
+        const int padded = ceil_div(part.r, 16) * 16;
+        if (a.resident) {
+            a.pieces[a.count++] = Piece{p, 0, part.r, BY_B ? 0 : at};
+            at += padded;
+        } else {
+            for (int j = 0; j < part.r; j += SPREAD_RANKS)
+                a.pieces[a.count++] = Piece{p, j, part.r - j < SPREAD_RANKS ? part.r - j : SPREAD_RANKS, 0};
+        }
+        const bool aligned = BY_B ? part.b % 8 == 0 && part.r % 8 == 0 : part.a % 8 == 0 && a.k % 8 == 0;
+        a.m_aligned = (p == 0 || a.m_aligned) && aligned && is_aligned(a.group.lora, 16);
+        a.h_aligned = (p == 0 || a.h_aligned) && part.h % 8 == 0 && a.group.r % 8 == 0 && is_aligned(a.h, 16);
+        a.out_aligned = (p == 0 || a.out_aligned) && is_aligned(a.out, 16) && a.ld % 8 == 0 && (!BY_B || part.y % 8 == 0);
+    }
+    const int chunks = ceil_div(widest, TILE_W), tiles = ceil_div(a.t, TILE_T);
+    a.chunk_t = ceil_div(tiles, clamp(4 * CTAS / chunks, 1, tiles)) * TILE_T;
+    constexpr int most_bytes = (TILE_W + TILE_T) * (SPREAD_RANKS * 2 + 16);
+    static_assert(most_bytes <= int(MAX_SHARED_BYTES), "must run on consumer cards");
+    const int bytes = (TILE_W + TILE_T) * (a.ranks * 2 + 16);
+    const auto kernel = spread_kernel<BY_B>;
+    const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
+    if (set != cudaSuccess) return set;
+    const dim3 grid(chunks, ceil_div(a.t, a.chunk_t), BY_B ? a.group.count : 1);
+    kernel<<<grid, LORA_THREADS, bytes, stream>>>(a);
+    return cudaGetLastError();
+}
+
+bool is_sound(const LoraGroup &g) {
+    int r = 0;
+    for (int p = 0; p < g.count; ++p) {
+        if (g.parts[p].r < 1 || g.parts[p].r > LORA_MAX_RANK || g.parts[p].h != r) return false;
+        r += g.parts[p].r;
+    }
+    return g.count >= 1 && g.count <= LORA_MAX_PARTS && g.r == r;
+}
+
+} // namespace
+
+// lora_forward    h[t, part p] = scale_p * dropout_p(x) A_pᵀ
+//
+//   h        (T, R)  bf16  =  of all parts side by side
+//   x        (T, K)  bf16
+//   lora     (P)     bf16  A_p (r, K) at parts[p].a
+//   scratch          f32   lora_scratch of ops/lora.rs
+//
+// f32 sums, one rounding. 1 / (1 - p) of dropout is applied to the sum. Two launches. Floor: 2*T*K bytes; with dropout x
+// is read once for each part, all but once from L2, and the masks cost about 17 instructions an element and part.
+struct LoraForward {
+    LoraGroup group;
+    LoraDropout dropout;
+    bf16 *h;
+    const bf16 *x;
+    float *scratch;
+    uint64_t scratch_len;
+    int32_t t, k;
+};
+static_assert(sizeof(LoraForward) == 200, "as in src/backend/cuda/ffi/lora.rs");
+
+HALFBYTE_API cudaError_t lora_forward(const LoraForward *args, cudaStream_t stream) {
+    const LoraForward &a = *args;
+    if (a.t == 0) return cudaSuccess;
+    if (!is_sound(a.group)) return cudaErrorInvalidValue;
+    const bool dropout = a.dropout.step != nullptr;
+    Plan plan(a.group, a.x, a.k, a.t, a.scratch, 0);
+    plan.sweep.dropout = a.dropout;
+    plan.add_x(a.k, dropout);
+    plan.multiply(false, a.k);
+    plan.split_columns(rows_chunk(a.t, a.k));
+    plan.one_tile_of_rows();
+    RowSums sums{a.group, {}, a.h, a.scratch, dropout ? a.dropout.inverse : 1.0f, a.t};
+    int n = 0;
+    plan.place_rows(sums, n);
+    if (plan.used > a.scratch_len) return cudaErrorInvalidValue;
+    const cudaError_t swept = plan.launch<true, false, false, 64, 1>(stream);
+    return swept != cudaSuccess ? swept : launch_row_sums(sums, n, stream);
+}
+
+// lora_expand    y[t, part p] += h_p B_pᵀ
+//
+//   y     (T, N)  bf16  +=  columns parts[p].y .. + n
+//   h     (T, R)  bf16      scaled already
+//   lora  (P)     bf16      B_p (n, r) at parts[p].b
+//
+// f32 sums, one rounding of y. Floor: 4 bytes an element of y.
+struct LoraExpand {
+    LoraGroup group;
+    bf16 *y;
+    const bf16 *h;
+    int32_t t, n;
+};
+static_assert(sizeof(LoraExpand) == 160, "as in src/backend/cuda/ffi/lora.rs");
+
+HALFBYTE_API cudaError_t lora_expand(const LoraExpand *args, cudaStream_t stream) {
+    const LoraExpand &a = *args;
+    if (a.t == 0) return cudaSuccess;
+    if (!is_sound(a.group)) return cudaErrorInvalidValue;
+    Spread spread{};
+    spread.group = a.group;
+    spread.out = a.y;
+    spread.h = a.h;
+    spread.ld = uint64_t(a.n);
+    spread.t = a.t;
+    int widest = 0;
+    for (int p = 0; p < a.group.count; ++p) widest = a.group.parts[p].n > widest ? a.group.parts[p].n : widest;
+    return launch_spread<true>(spread, widest, stream);
+}
+
+// lora_backward    dh_p = scale_p * dy_p B_p;  dB_p += dy_pᵀ h_p;  dA_p += dh_pᵀ dropout_p(x)
+//
+//   dh       (T, R)  bf16  =
+//   d_lora   (P)     f32   +=  where A and B lie in `lora`
+//   dy       (T, N)  bf16      columns parts[p].y .. + n
+//   x        (T, K)  bf16
+//   h        (T, R)  bf16      of the forward
+//   lora     (P)     bf16
+//   scratch          f32       lora_scratch of ops/lora.rs
+//
+// Parts of rank 32 or less take dh and dB from one read of dy, others read it twice. dA uses dh as rounded to bf16.
+// Four launches (two more where a part has a rank above 32). Floor: 2*T*N + 2*T*K bytes.
+struct LoraBackward {
+    LoraGroup group;
+    LoraDropout dropout;
+    bf16 *dh;
+    float *d_lora;
+    const bf16 *dy, *x, *h;
+    float *scratch;
+    uint64_t scratch_len;
+    int32_t t, k, n, pad;
+};
+static_assert(sizeof(LoraBackward) == 232, "as in src/backend/cuda/ffi/lora.rs");
+
+HALFBYTE_API cudaError_t lora_backward(const LoraBackward *args, cudaStream_t stream) {
+    const LoraBackward &a = *args;
+    if (a.t == 0) return cudaSuccess;
+    if (!is_sound(a.group)) return cudaErrorInvalidValue;
+    constexpr int FUSED = 32; // the highest rank for which dh and dB share a read of dy
+    int rank = 0;             // the highest of those
+    Plan fused(a.group, a.dy, a.n, a.t, a.scratch, 0);
+    for (int p = 0; p < a.group.count; ++p) {
+        const LoraPart &part = a.group.parts[p];
+        if (part.r > FUSED) continue;
+        fused.add_part(part.y, part.n, part, FUSED);
+        rank = part.r > rank ? part.r : rank;
+    }
+    RowSums row_sums{a.group, {}, a.dh, a.scratch, 1.0f, a.t};
+    ColSums col_sums{a.group, {}, a.d_lora, a.scratch};
+    int n_rows = 0, n_cols = 0;
+    uint64_t used = 0;
+    if (fused.strips > 0) {
+        fused.multiply(true, a.k);
+        fused.meet(a.h);
+        fused.split_columns(rank <= 16 ? 8 * TILE_W : 4 * TILE_W);
+        fused.split_rows(96);
+        fused.place_rows(row_sums, n_rows);
+        fused.place_cols(col_sums, n_cols, false, 1.0f);
+        used = fused.used;
+    }
+
+    // Ranks above: dh, then dB.
+    Plan rows(a.group, a.dy, a.n, a.t, a.scratch, used);
+    for (int p = 0; p < a.group.count; ++p)
+        if (a.group.parts[p].r > FUSED) rows.add_part(a.group.parts[p].y, a.group.parts[p].n, a.group.parts[p], 64);
+    Plan cols = rows;
+    if (rows.strips > 0) {
+        rows.multiply(true, a.k);
+        rows.split_columns(rows_chunk(a.t, rows.widest));
+        rows.one_tile_of_rows();
+        rows.place_rows(row_sums, n_rows);
+        cols.used = rows.used;
+        cols.meet(a.h);
+        cols.split_columns(TILE_W);
+        cols.split_rows(128);
+        cols.place_cols(col_sums, n_cols, false, 1.0f);
+        used = cols.used;
+    }
+
+    const bool dropout = a.dropout.step != nullptr;
+    Plan over_x(a.group, a.x, a.k, a.t, a.scratch, used);
+    over_x.sweep.dropout = a.dropout;
+    over_x.add_x(a.k, dropout);
+    over_x.meet(a.dh);
+    over_x.split_columns(TILE_W);
+    over_x.split_rows(128);
+    over_x.place_cols(col_sums, n_cols, true, dropout ? a.dropout.inverse : 1.0f);
+    if (over_x.used > a.scratch_len) return cudaErrorInvalidValue;
+
+    cudaError_t status = cudaSuccess;
+    if (fused.strips > 0)
+        status = rank <= 16 ? fused.launch<true, true, true, 16, 8>(stream) : fused.launch<true, true, true, 32, 4>(stream);
+    if (status == cudaSuccess && rows.strips > 0) status = rows.launch<true, false, true, 64, 1>(stream);
+    if (status == cudaSuccess && rows.strips > 0) status = cols.launch<false, true, false, 64, 1>(stream);
+    if (status == cudaSuccess) status = launch_row_sums(row_sums, n_rows, stream);
+    if (status == cudaSuccess) status = over_x.launch<false, true, false, 64, 1>(stream);
+    return status == cudaSuccess ? launch_col_sums(col_sums, n_cols, stream) : status;
+}
+
+// lora_backward_x    dx += sum_p dropout'_p(dh_p A_p)
+//
+//   dx    (T, K)  bf16  +=
+//   dh    (T, R)  bf16
+//   lora  (P)     bf16  A_p (r, K) at parts[p].a
+//
+// The sum over the parts is in f32, with one rounding of dx. Floor: 4*T*K bytes.
+struct LoraBackwardX {
+    LoraGroup group;
+    LoraDropout dropout;
+    bf16 *dx;
+    const bf16 *dh;
+    int32_t t, k;
+};
+static_assert(sizeof(LoraBackwardX) == 184, "as in src/backend/cuda/ffi/lora.rs");
+
+HALFBYTE_API cudaError_t lora_backward_x(const LoraBackwardX *args, cudaStream_t stream) {
+    const LoraBackwardX &a = *args;
+    if (a.t == 0) return cudaSuccess;
+    if (!is_sound(a.group)) return cudaErrorInvalidValue;
+    Spread spread{};
+    spread.group = a.group;
+    spread.dropout = a.dropout;
+    spread.out = a.dx;
+    spread.h = a.dh;
+    spread.ld = uint64_t(a.k);
+    spread.t = a.t;
+    spread.k = a.k;
+    return launch_spread<false>(spread, a.k, stream);
+}
