@@ -126,7 +126,8 @@ nf4_double_quantize_kernel(uint8_t *__restrict__ codes, float *__restrict__ nest
 
 template <typename T, QuantType Q, bool DOUBLE>
 __global__ void __launch_bounds__(THREADS)
-nf4_dequantize_kernel(T *__restrict__ out, const uint8_t *__restrict__ packed, Nf4Absmax from, size_t n) {
+nf4_dequantize_kernel(T *__restrict__ out, const uint8_t *__restrict__ packed, Nf4Absmax from, size_t first_block,
+                      size_t n) {
     const float code = NF4_CODE_BOOK[int(Q)][threadIdx.x % 16];
     const size_t start = size_t(blockIdx.x) * (PER_CTA * PASSES) + threadIdx.x * PER_THREAD;
 
@@ -143,7 +144,7 @@ nf4_dequantize_kernel(T *__restrict__ out, const uint8_t *__restrict__ packed, N
             for (int b = 0; b < PER_THREAD / 2; ++b)
                 if (first + 2 * b < n) word[p] |= uint32_t(packed[first / 2 + b]) << (8 * b);
         }
-        if (first < n) absmax[p] = nf4_absmax<DOUBLE>(from, first / NF4_BLOCK);
+        if (first < n) absmax[p] = nf4_absmax<DOUBLE>(from, first_block + first / NF4_BLOCK);
     }
 #pragma unroll
     for (int p = 0; p < PASSES; ++p) {
@@ -163,6 +164,19 @@ nf4_dequantize_kernel(T *__restrict__ out, const uint8_t *__restrict__ packed, N
                 if (first + j < n) out[first + j] = v.at[j];
         }
     }
+}
+
+// For ranges that start inside a block: an element a thread.
+template <bool DOUBLE>
+__global__ void __launch_bounds__(THREADS)
+nf4_dequantize_range_kernel(__nv_bfloat16 *__restrict__ out, const uint8_t *__restrict__ packed, Nf4Absmax from,
+                            QuantType quant_type, size_t first, size_t n) {
+    const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
+    if (i >= n) return;
+    const size_t at = first + i;
+    const uint32_t code = packed[at / 2] >> (at % 2 == 0 ? 4 : 0) & 15u;
+    const float absmax = nf4_absmax<DOUBLE>(from, at / NF4_BLOCK);
+    out[i] = from_f32<__nv_bfloat16>(__fmul_rn(NF4_CODE_BOOK[int(quant_type)][code], absmax));
 }
 
 } // namespace
@@ -259,7 +273,7 @@ static_assert(sizeof(Nf4Dequantize) == 64, "as in src/backend/cuda/ffi.rs");
 template <typename T, QuantType Q> static void launch_dequantize(const Nf4Dequantize &a, cudaStream_t stream) {
     const auto kernel = a.absmax.absmax ? nf4_dequantize_kernel<T, Q, false> : nf4_dequantize_kernel<T, Q, true>;
     const unsigned ctas = unsigned(ceil_div<size_t>(a.n, PER_CTA * PASSES));
-    kernel<<<ctas, THREADS, 0, stream>>>(static_cast<T *>(a.out), a.packed, a.absmax, a.n);
+    kernel<<<ctas, THREADS, 0, stream>>>(static_cast<T *>(a.out), a.packed, a.absmax, 0, a.n);
 }
 
 HALFBYTE_API cudaError_t nf4_dequantize(const Nf4Dequantize *args, cudaStream_t stream) {
@@ -276,6 +290,43 @@ HALFBYTE_API cudaError_t nf4_dequantize(const Nf4Dequantize *args, cudaStream_t 
             : launch_dequantize<__nv_bfloat16, QuantType::Fp4>(a, stream);
         break;
     default: return cudaErrorInvalidValue;
+    }
+    return cudaGetLastError();
+}
+
+// nf4_dequantize_range    out[i] = element first + i of a 4-bit tensor, the bits of nf4_dequantize.
+//
+//   out     (n)                      bf16  =
+//   packed  (ceil((first + n) / 2))  u8, of the whole tensor
+//   absmax  of the whole tensor: see Nf4Absmax
+//
+// At full speed where `first` starts a block and out is 16-byte aligned. Floor: as nf4_dequantize.
+struct Nf4DequantizeRange {
+    __nv_bfloat16 *out;
+    const uint8_t *packed;
+    Nf4Absmax absmax;
+    uint64_t first;
+    uint64_t n;
+    QuantType quant_type;
+};
+static_assert(sizeof(Nf4DequantizeRange) == 72, "as in src/backend/cuda/ffi/nf4.rs");
+
+HALFBYTE_API cudaError_t nf4_dequantize_range(const Nf4DequantizeRange *args, cudaStream_t stream) {
+    const Nf4DequantizeRange &a = *args;
+    if (a.n == 0) return cudaSuccess;
+    const bool plain = a.absmax.absmax != nullptr, nf4 = a.quant_type == QuantType::Nf4;
+    if (a.first % NF4_BLOCK == 0 && is_aligned(a.out, 16) && is_aligned(a.packed, 4)) {
+        using T = __nv_bfloat16;
+        const auto kernel = plain ? (nf4 ? nf4_dequantize_kernel<T, QuantType::Nf4, false>
+                                         : nf4_dequantize_kernel<T, QuantType::Fp4, false>)
+                                  : (nf4 ? nf4_dequantize_kernel<T, QuantType::Nf4, true>
+                                         : nf4_dequantize_kernel<T, QuantType::Fp4, true>);
+        const unsigned ctas = unsigned(ceil_div<size_t>(a.n, PER_CTA * PASSES));
+        kernel<<<ctas, THREADS, 0, stream>>>(a.out, a.packed + a.first / 2, a.absmax, a.first / NF4_BLOCK, a.n);
+    } else {
+        const auto kernel = plain ? nf4_dequantize_range_kernel<false> : nf4_dequantize_range_kernel<true>;
+        const unsigned ctas = unsigned(ceil_div<size_t>(a.n, THREADS));
+        kernel<<<ctas, THREADS, 0, stream>>>(a.out, a.packed, a.absmax, a.quant_type, a.first, a.n);
     }
     return cudaGetLastError();
 }

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use halfbyte::Error;
 use halfbyte::backend::cuda::Cuda;
-use halfbyte::backend::cuda::ops::nf4::{self as ops, Nf4Dequantize, Nf4DoubleQuantize, Nf4Quantize, Output, Source};
+use halfbyte::backend::cuda::ops::nf4::{
+    self as ops, Nf4Dequantize, Nf4DequantizeRows, Nf4DoubleQuantize, Nf4Quantize, Nf4Weight, Output, Source,
+};
 use halfbyte::checkpoint::safetensors_file::SafeTensors;
 use halfbyte::nf4::{Absmax, BLOCK, NESTED_BLOCK, QuantType, Quantized, quantize};
 use halfbyte::tensor::{Dtype, HostTensor};
@@ -22,6 +24,10 @@ const LARGE: usize = 14_336 * 4096;
 
 pub fn trials(folder: &Path) -> Vec<Trial> {
     let mut trials = vec![Trial::test("nf4/wrong_sizes_name_the_op_and_the_argument", wrong_sizes)];
+    // Rows of whole blocks, rows that share blocks, rows of an odd number of nibbles; more than one nested block.
+    for (n, k) in [(70, 320), (400, 128), (37, 96), (130, 51), (5, 1)] {
+        trials.push(Trial::test(format!("nf4/rows/{n}x{k}"), move || rows_of_a_matrix(n, k)));
+    }
     match fixture_files(folder) {
         Ok(files) => files.into_iter().for_each(|(name, file)| fixture_trials(&mut trials, &name, &file)),
         Err(why) => trials.push(Trial::test("nf4/fixtures", move || Err(why))),
@@ -135,6 +141,51 @@ fn agrees_with_the_host(x: &HostTensor) -> Outcome {
             let again = gpu_dequantize(&cuda, &expected)?;
             same("f32, second run", &again.0, &wide)?;
             same("bf16, second run", &again.1, &narrow)?;
+        }
+    }
+    Ok(())
+}
+
+/// Any range of rows has the bits that the whole matrix has there, and nothing behind it is written.
+fn rows_of_a_matrix(n: usize, k: usize) -> Outcome {
+    let cuda = Cuda::open(0)?;
+    let x = random(n * k, Dtype::F32, (n + k) as u64);
+    for quant_type in [QuantType::Nf4, QuantType::Fp4] {
+        for double_quant in [false, true] {
+            let host = quantize(&x, quant_type, double_quant);
+            let all: Vec<bf16> = host.dequantize().iter().map(|&v| bf16::from_f32(v)).collect();
+            let packed = cuda.upload(&host.packed)?;
+            let empty = (cuda.zeros::<u8>(0)?, cuda.zeros::<f32>(0)?, cuda.zeros::<f32>(0)?);
+            let (plain, (codes, nested_absmax, offset)) = match &host.absmax {
+                Absmax::Plain(absmax) => (cuda.upload(absmax)?, empty),
+                Absmax::Double { codes, nested_absmax, offset } => {
+                    (cuda.zeros(0)?, (cuda.upload(codes)?, cuda.upload(nested_absmax)?, cuda.upload(&[*offset])?))
+                }
+            };
+            let absmax = if double_quant {
+                let (codes, nested_absmax, offset) = (codes.view(), nested_absmax.view(), offset.view());
+                ops::Absmax::Double { codes, nested_absmax, offset }
+            } else {
+                ops::Absmax::Plain(plain.view())
+            };
+            let w = Nf4Weight { packed: packed.view(), absmax, quant_type, n, k };
+            for (first_row, rows) in [(0, n), (1, n - 1), (n / 2, 2), (n - 1, 1), (n, 0), (n / 3, n / 4)] {
+                for start in [0, 8, 1] {
+                    let mut out = poisoned::<bf16>(&cuda, start + rows * k + 5)?;
+                    let poison = cuda.download(&out)?;
+                    let end = out.len();
+                    let part = out.range_mut(start..end);
+                    ops::nf4_dequantize_rows(&cuda, Nf4DequantizeRows { out: part, w, first_row, rows })?;
+                    let mut expected = poison;
+                    expected[start..start + rows * k].copy_from_slice(&all[first_row * k..(first_row + rows) * k]);
+                    same(&format!("rows {first_row} + {rows} at {start}"), &cuda.download(&out)?, &expected)?;
+                }
+            }
+            let mut out = cuda.zeros::<bf16>(n * k)?;
+            let op = Nf4DequantizeRows { out: out.view_mut(), w, first_row: 1, rows: n };
+            let error = ops::nf4_dequantize_rows(&cuda, op).err().ok_or("a row too many was taken")?;
+            let named = matches!(error, Error::Shape { argument: "first_row + rows", .. });
+            assert!(named, "{error}");
         }
     }
     Ok(())

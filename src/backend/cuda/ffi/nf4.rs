@@ -2,6 +2,8 @@
 
 use std::ffi::c_void;
 
+use half::bf16;
+
 use super::{Dtype, Status, Stream};
 
 /// As csrc/nf4.cuh numbers them.
@@ -51,13 +53,25 @@ pub struct Nf4Dequantize {
     pub quant_type: QuantType,
 }
 
+#[repr(C)]
+pub struct Nf4DequantizeRange {
+    pub out: *mut bf16,
+    pub packed: *const u8,
+    pub absmax: Nf4Absmax,
+    pub first: u64,
+    pub n: u64,
+    pub quant_type: QuantType,
+}
+
 // The same numbers stand in static_asserts of csrc/nf4.cu.
 const _: () = assert!(size_of::<Nf4Quantize>() == 40);
 const _: () = assert!(size_of::<Nf4DoubleQuantize>() == 48);
 const _: () = assert!(size_of::<Nf4Dequantize>() == 64);
+const _: () = assert!(size_of::<Nf4DequantizeRange>() == 72);
 
 unsafe extern "C" {
     pub fn nf4_quantize(args: *const Nf4Quantize, stream: Stream) -> Status;
     pub fn nf4_double_quantize(args: *const Nf4DoubleQuantize, stream: Stream) -> Status;
     pub fn nf4_dequantize(args: *const Nf4Dequantize, stream: Stream) -> Status;
+    pub fn nf4_dequantize_range(args: *const Nf4DequantizeRange, stream: Stream) -> Status;
 }

@@ -5,10 +5,10 @@ use std::ptr::null;
 
 use half::{bf16, f16};
 
-use super::{check, ffi};
+use super::{check, check_least, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nf4::{BLOCK, NESTED_BLOCK, QuantType};
 
 /// Elements that [`nf4_double_quantize`] needs as scratch.
@@ -28,6 +28,7 @@ pub enum Output<'a> {
 }
 
 /// Absmax of each block of 64: f32, or quantised again.
+#[derive(Clone, Copy)]
 pub enum Absmax<'a> {
     /// (ceil(n / 64))
     Plain(View<'a, f32>),
@@ -39,6 +40,18 @@ pub enum Absmax<'a> {
         /// (1)
         offset: View<'a, f32>,
     },
+}
+
+/// A matrix (n, k) in 4 bits: blocks of 64 along the flattened row-major matrix, so that they straddle rows where k is no
+/// multiple of 64.
+#[derive(Clone, Copy)]
+pub struct Nf4Weight<'a> {
+    /// (ceil(n * k / 2))
+    pub packed: View<'a, u8>,
+    pub absmax: Absmax<'a>,
+    pub quant_type: QuantType,
+    pub n: usize,
+    pub k: usize,
 }
 
 /// Packs n elements into 4 bits.
@@ -74,6 +87,15 @@ pub struct Nf4Dequantize<'a> {
     pub packed: View<'a, u8>,
     pub absmax: Absmax<'a>,
     pub quant_type: QuantType,
+}
+
+/// Unpacks rows `first_row..first_row + rows` of a 4-bit matrix.
+pub struct Nf4DequantizeRows<'a> {
+    /// (rows, k) = ; may be longer
+    pub out: ViewMut<'a, bf16>,
+    pub w: Nf4Weight<'a>,
+    pub first_row: usize,
+    pub rows: usize,
 }
 
 pub fn nf4_quantize(cuda: &Cuda, a: Nf4Quantize) -> Result<()> {
@@ -123,25 +145,8 @@ pub fn nf4_dequantize(cuda: &Cuda, a: Nf4Dequantize) -> Result<()> {
         Output::F32(out) => (cuda.ptr_mut(&out)?.cast::<c_void>(), out.len(), ffi::Dtype::F32),
         Output::Bf16(out) => (cuda.ptr_mut(&out)?.cast(), out.len(), ffi::Dtype::Bf16),
     };
-    let blocks = n.div_ceil(BLOCK);
     check(OP, "packed", a.packed.len(), n.div_ceil(2))?;
-    let absmax = match a.absmax {
-        Absmax::Plain(absmax) => {
-            check(OP, "absmax", absmax.len(), blocks)?;
-            ffi::nf4::Nf4Absmax { absmax: cuda.ptr(&absmax)?, codes: null(), nested_absmax: null(), offset: null() }
-        }
-        Absmax::Double { codes, nested_absmax, offset } => {
-            check(OP, "codes", codes.len(), blocks)?;
-            check(OP, "nested_absmax", nested_absmax.len(), blocks.div_ceil(NESTED_BLOCK))?;
-            check(OP, "offset", offset.len(), 1)?;
-            ffi::nf4::Nf4Absmax {
-                absmax: null(),
-                codes: cuda.ptr(&codes)?,
-                nested_absmax: cuda.ptr(&nested_absmax)?,
-                offset: cuda.ptr(&offset)?,
-            }
-        }
-    };
+    let absmax = absmax_args(cuda, OP, &a.absmax, n.div_ceil(BLOCK))?;
     let args = ffi::nf4::Nf4Dequantize {
         out,
         packed: cuda.ptr(&a.packed)?,
@@ -154,7 +159,61 @@ pub fn nf4_dequantize(cuda: &Cuda, a: Nf4Dequantize) -> Result<()> {
     unsafe { ffi::nf4::nf4_dequantize(&args, cuda.stream_for_launch()?) }.check(OP)
 }
 
-fn quant_type(t: QuantType) -> ffi::nf4::QuantType {
+/// Unpacks some rows of a matrix: the bits that [`nf4_dequantize`] gives.
+pub fn nf4_dequantize_rows(cuda: &Cuda, a: Nf4DequantizeRows) -> Result<()> {
+    const OP: &str = "nf4_dequantize_rows";
+    let absmax = check_weight(cuda, OP, &a.w)?;
+    if a.first_row > a.w.n || a.rows > a.w.n - a.first_row {
+        return Err(Error::Shape {
+            op: OP,
+            argument: "first_row + rows",
+            found: a.first_row.saturating_add(a.rows),
+            expected: a.w.n,
+        });
+    }
+    check_least(OP, "out", a.out.len(), a.rows * a.w.k)?;
+    let args = ffi::nf4::Nf4DequantizeRange {
+        out: cuda.ptr_mut(&a.out)?,
+        packed: cuda.ptr(&a.w.packed)?,
+        absmax,
+        first: (a.first_row * a.w.k) as u64,
+        n: (a.rows * a.w.k) as u64,
+        quant_type: quant_type(a.w.quant_type),
+    };
+    // SAFETY: as in nf4_quantize; the rows lie inside the weight, whose parts have the sizes checked.
+    unsafe { ffi::nf4::nf4_dequantize_range(&args, cuda.stream_for_launch()?) }.check(OP)
+}
+
+/// The absmax of a 4-bit matrix whose parts all have the sizes that its shape asks for.
+pub(super) fn check_weight(cuda: &Cuda, op: &'static str, w: &Nf4Weight) -> Result<ffi::nf4::Nf4Absmax> {
+    let len = w.n.checked_mul(w.k);
+    let len = len.ok_or(Error::Shape { op, argument: "w.n * w.k", found: usize::MAX, expected: 2 * w.packed.len() })?;
+    check(op, "w.packed", w.packed.len(), len.div_ceil(2))?;
+    absmax_args(cuda, op, &w.absmax, len.div_ceil(BLOCK))
+}
+
+/// The absmax of `blocks` blocks.
+fn absmax_args(cuda: &Cuda, op: &'static str, absmax: &Absmax, blocks: usize) -> Result<ffi::nf4::Nf4Absmax> {
+    match absmax {
+        Absmax::Plain(absmax) => {
+            check(op, "absmax", absmax.len(), blocks)?;
+            Ok(ffi::nf4::Nf4Absmax { absmax: cuda.ptr(absmax)?, codes: null(), nested_absmax: null(), offset: null() })
+        }
+        Absmax::Double { codes, nested_absmax, offset } => {
+            check(op, "codes", codes.len(), blocks)?;
+            check(op, "nested_absmax", nested_absmax.len(), blocks.div_ceil(NESTED_BLOCK))?;
+            check(op, "offset", offset.len(), 1)?;
+            Ok(ffi::nf4::Nf4Absmax {
+                absmax: null(),
+                codes: cuda.ptr(codes)?,
+                nested_absmax: cuda.ptr(nested_absmax)?,
+                offset: cuda.ptr(offset)?,
+            })
+        }
+    }
+}
+
+pub(super) fn quant_type(t: QuantType) -> ffi::nf4::QuantType {
     match t {
         QuantType::Nf4 => ffi::nf4::QuantType::Nf4,
         QuantType::Fp4 => ffi::nf4::QuantType::Fp4,

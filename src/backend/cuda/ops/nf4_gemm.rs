@@ -1,1 +1,3 @@
 //! csrc/nf4_gemm.cu behind checks.
+
+pub use super::nf4::Nf4Weight;
