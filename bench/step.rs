@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use halfbyte::backend::cpu::Cpu;
-use halfbyte::backend::{Backend, Batch, HostBatch, OptimKind, ParamGroup};
+use halfbyte::backend::{Backend, Batch, HostBatch, NewOptimizer, OptimKind, ParamGroup};
 use halfbyte::model::{
     AdamwSettings, Family, HostAdapter, LoraConfig, Model, ModelConfig, ModelOptions, Proj, RopeScaling, TargetModules,
     WeightSource,
@@ -127,7 +127,9 @@ fn main() -> Result<()> {
     let options = ModelOptions { max_tokens: t, train: true, layers: vec![] };
     let mut source = RandomWeights::new(&config);
     let mut model = Model::load(&mut cpu, &config, &mut source, Some(&adapter), options, &mut |_| {})?;
-    let mut state = cpu.new_optimizer(OptimKind::AdamwTorch, &adapter.weights)?;
+    let tensors = adapter.layout.tensor_lens();
+    let of = NewOptimizer { kind: OptimKind::AdamwTorch, init: &adapter.weights, tensors: &tensors };
+    let mut state = cpu.new_optimizer(of)?;
     let ids: Vec<i32> = (0..t).map(|i| (i * 7919 % config.vocab_size) as i32).collect();
     let host = HostBatch { targets: ids.clone(), tokens: ids, cu_seqlens: vec![0, t as i32] };
     let mut batch = Batch::new(&mut cpu, t)?;

@@ -8,12 +8,14 @@
 //! `D` head size, `F` MLP width, `V` vocabulary, `R` LoRA rank (of all projections of a group together), `L` layers,
 //! `N`,`K` output and input width of a linear, `M` target tokens, `P` trainable weights.
 
+pub mod adamw;
 mod batch;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod workspace;
 
+pub use adamw::{Moment, NewOptimizer, OptimKind, OptimizerState, ParamGroup};
 pub use batch::{Batch, HostBatch, IGNORE};
 
 use crate::error::Result;
@@ -83,7 +85,7 @@ pub trait Backend: Sized {
     /// Moves a frozen matrix to the device, as it is: 4-bit stays 4-bit, 16-bit stays 16-bit.
     fn upload(&mut self, w: &HostMatrix) -> Result<Self::Matrix>;
     /// Master = `init` (P), m = v = 0.
-    fn new_optimizer(&mut self, kind: OptimKind, init: &[f32]) -> Result<Self::Optimizer>;
+    fn new_optimizer(&mut self, of: NewOptimizer) -> Result<Self::Optimizer>;
 
     /// `len` activations in host memory.
     fn alloc_host(&mut self, len: usize) -> Result<Self::Host>;
@@ -106,7 +108,7 @@ pub trait Backend: Sized {
     /// dst = 0, all of it.
     fn zero_f32(&mut self, dst: &mut Self::F32) -> Result<()>;
     fn zero_act(&mut self, dst: &mut Self::Act) -> Result<()>;
-    /// Master weights, m and v as f32, whatever the device keeps them in.
+    /// Master weights and moments as the device keeps them, bit for bit.
     fn read_optimizer(&mut self, src: &Self::Optimizer) -> Result<OptimizerState>;
     fn write_optimizer(&mut self, dst: &mut Self::Optimizer, src: &OptimizerState) -> Result<()>;
 
@@ -141,6 +143,10 @@ pub trait Backend: Sized {
     /// norm (1) = sqrt(sum of squares of grads (P)), in a fixed order.
     fn grad_norm(&mut self, norm: &mut Self::F32, grads: &Self::F32) -> Result<()>;
     fn adamw(&mut self, a: Adamw<Self>) -> Result<()>;
+    /// Called ahead of the last micro-step before [`Backend::adamw`]: state that lives elsewhere begins to come.
+    fn prefetch_optimizer(&mut self, _state: &mut Self::Optimizer) -> Result<()> {
+        Ok(())
+    }
     /// Appends k, v of T new tokens of one sequence to the cache and attends over all of it.
     fn attention_decode(&mut self, a: AttentionDecode<Self>) -> Result<()>;
 }
@@ -489,34 +495,6 @@ pub struct HeadLogits<'a, B: Backend> {
     pub rows: &'a [usize],
     pub c: usize,
     pub v: usize,
-}
-
-/// `optim` of the run file. On the CPU all 32-bit kinds are the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OptimKind {
-    AdamwTorch,
-    PagedAdamw32bit,
-    /// m and v in 8 bits, blocks of 256, as bitsandbytes keeps them.
-    PagedAdamw8bit,
-}
-
-/// AdamW's state of all P trainable weights, on the host.
-#[derive(Clone, Debug, PartialEq)]
-pub struct OptimizerState {
-    /// (P) f32 master copy.
-    pub master: Vec<f32>,
-    /// (P) first moment.
-    pub m: Vec<f32>,
-    /// (P) second moment.
-    pub v: Vec<f32>,
-}
-
-/// A range of the trainable weights with settings of its own.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ParamGroup {
-    pub range: std::ops::Range<usize>,
-    pub lr: f32,
-    pub weight_decay: f32,
 }
 
 /// Decoupled weight decay (Loshchilov & Hutter 2019, as torch.optim.AdamW), after clipping by the global norm:

@@ -15,7 +15,8 @@ use super::json::{Keys, parse_object, read_text};
 use super::peft;
 use super::safetensors_file::{FileDtype, SafeTensors};
 use super::safetensors_write::{Spec, write_to};
-use crate::backend::OptimizerState;
+use crate::backend::adamw::Blocks;
+use crate::backend::{Moment, OptimizerState};
 use crate::error::{Error, Result};
 use crate::model::{AdapterLayout, HostAdapter, LoraConfig, ModelConfig};
 
@@ -47,11 +48,10 @@ pub fn save(dir: &Path, state: &TrainingState, base_model: &str) -> Result<()> {
     peft::write_files(&writer, &state.adapter, base_model)?;
     writer.write(OPTIMIZER, |out| {
         let o = &state.optimizer;
-        let tensor = |name, values| {
-            let values: &Vec<f32> = values;
-            (Spec::new(name, FileDtype::F32, vec![values.len()]), bytemuck::cast_slice(values.as_slice()))
-        };
-        write_to(out, vec![tensor("m", &o.m), tensor("master", &o.master), tensor("v", &o.v)])
+        let mut tensors = moment(["m", "m.absmax"], &o.m);
+        tensors.push(floats("master", &o.master));
+        tensors.extend(moment(["v", "v.absmax"], &o.v));
+        write_to(out, tensors)
     })?;
     writer.write(TRAINER, |out| {
         // The LoRA settings as they were given: adapter_config.json has "all-linear" spelled out.
@@ -78,8 +78,23 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<TrainingState> {
         }
         adapter.config = config;
     }
-    let optimizer = read_optimizer(&dir.join(OPTIMIZER), adapter.layout.len)?;
+    let optimizer = read_optimizer(&dir.join(OPTIMIZER), &adapter.layout)?;
     Ok(TrainingState { step, adapter, optimizer, trainer: map.get("trainer").cloned().unwrap_or_default() })
+}
+
+fn floats<'a>(name: &str, values: &'a [f32]) -> (Spec, &'a [u8]) {
+    (Spec::new(name, FileDtype::F32, vec![values.len()]), bytemuck::cast_slice(values))
+}
+
+/// A moment as it is: f32, or 8-bit codes and the absmax of their blocks.
+fn moment<'a>(names: [&str; 2], moment: &'a Moment) -> Vec<(Spec, &'a [u8])> {
+    match moment {
+        Moment::F32(values) => vec![floats(names[0], values)],
+        Moment::U8 { codes, absmax } => {
+            let codes = (Spec::new(names[0], FileDtype::U8, vec![codes.len()]), codes.as_slice());
+            vec![codes, floats(names[1], absmax)]
+        }
+    }
 }
 
 fn read_trainer(path: &Path) -> Result<Map<String, Value>> {
@@ -96,20 +111,32 @@ fn global_step(keys: &Keys) -> Result<u64> {
     value.ok_or_else(|| keys.fault("global_step", "no count", "the number of steps done"))
 }
 
-fn read_optimizer(path: &Path, len: usize) -> Result<OptimizerState> {
+fn read_optimizer(path: &Path, layout: &AdapterLayout) -> Result<OptimizerState> {
     let file = SafeTensors::open(path)?;
-    let read = |name: &str| {
+    let blocks = Blocks::new(layout.len, &layout.tensor_lens())?.count();
+    let expect = |name: &str, shape: &[usize], len: usize| {
+        let expected = format!("shape [{len}], by the adapter beside it");
+        let fault = || Error::input(path, format!("tensor {name}"), format!("shape {shape:?}"), expected);
+        if shape == [len] { Ok(()) } else { Err(fault()) }
+    };
+    let floats = |name: &str, len: usize| {
         let tensor = file.dense(name)?;
+        expect(name, &tensor.shape, len)?;
         let fault = |found: String, expected: String| Error::input(path, format!("tensor {name}"), found, expected);
-        if tensor.shape != [len] {
-            return Err(fault(format!("shape {:?}", tensor.shape), format!("shape [{len}], by the adapter beside it")));
-        }
         match first_not_finite(&tensor) {
             None => Ok(tensor.to_f32()),
             Some(i) => Err(fault(format!("NaN or infinity at index {i}"), "finite values".into())),
         }
     };
-    Ok(OptimizerState { master: read("master")?, m: read("m")?, v: read("v")? })
+    let moment = |name: &str| {
+        let view = file.get(name)?;
+        if view.dtype != FileDtype::U8 {
+            return Ok(Moment::F32(floats(name, layout.len)?));
+        }
+        expect(name, view.shape, layout.len)?;
+        Ok::<_, Error>(Moment::U8 { codes: view.bytes.to_vec(), absmax: floats(&format!("{name}.absmax"), blocks)? })
+    };
+    Ok(OptimizerState { master: floats("master", layout.len)?, m: moment("m")?, v: moment("v")? })
 }
 
 /// All folders `checkpoint-N` of an output folder, by rising N, complete or not.

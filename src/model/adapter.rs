@@ -68,6 +68,13 @@ pub struct AdapterLayout {
     pub len: usize,
 }
 
+impl AdapterLayout {
+    /// Elements of each tensor in the order of the flat vector: A, then B of each site.
+    pub fn tensor_lens(&self) -> Vec<usize> {
+        self.sites.iter().flat_map(|s| [s.a_range().len(), s.b_range().len()]).collect()
+    }
+}
+
 /// Adapter weights on the host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostAdapter {

@@ -1,4 +1,4 @@
-//! The three code books of bitsandbytes. Values are kept as the bits of f32, since decoding must be bit-exact.
+//! The code books of bitsandbytes. Values are kept as the bits of f32, since decoding must be bit-exact.
 //!
 //! NF4 is the table of the QLoRA paper (Dettmers et al. 2023, appendix E); FP4 is bitsandbytes' 4-bit float, sign in bit 3;
 //! the dynamic code is `create_dynamic_map` of bitsandbytes, which quantises the absmax values under double
@@ -101,25 +101,36 @@ impl QuantType {
 }
 
 /// The dynamic code of value `s` in [-1, 1]: the number of midpoints below it, found in eight halvings without a branch.
-pub(super) fn dynamic_code(s: f32) -> u8 {
+pub fn dynamic_code(s: f32) -> u8 {
+    midpoints_below(&DYNAMIC_MIDPOINTS, s)
+}
+
+/// The same of the unsigned dynamic code, `s` in [0, 1].
+pub fn dynamic_unsigned_code(s: f32) -> u8 {
+    midpoints_below(&DYNAMIC_UNSIGNED_MIDPOINTS, s)
+}
+
+#[inline(always)]
+fn midpoints_below(midpoints: &[f32; 255], s: f32) -> u8 {
     let mut below = 0;
     for width in [128, 64, 32, 16, 8, 4, 2, 1] {
-        below += usize::from(s > DYNAMIC_MIDPOINTS[below + width - 1]) * width;
+        below += usize::from(s > midpoints[below + width - 1]) * width;
     }
     below as u8
 }
 
-const fn dynamic_midpoints() -> [f32; 255] {
+const fn dynamic_midpoints(values: &[f32; 256]) -> [f32; 255] {
     let mut out = [0.0; 255];
     let mut i = 0;
     while i < 255 {
-        out[i] = (DYNAMIC[i] + DYNAMIC[i + 1]) / 2.0;
+        out[i] = (values[i] + values[i + 1]) / 2.0;
         i += 1;
     }
     out
 }
 
-static DYNAMIC_MIDPOINTS: [f32; 255] = dynamic_midpoints();
+static DYNAMIC_MIDPOINTS: [f32; 255] = dynamic_midpoints(&DYNAMIC);
+static DYNAMIC_UNSIGNED_MIDPOINTS: [f32; 255] = dynamic_midpoints(&DYNAMIC_UNSIGNED);
 
 /// (256) The dynamic code, rising, from -0.993 to 1; code 127 is 0.
 #[rustfmt::skip]
@@ -158,6 +169,43 @@ pub const DYNAMIC: [f32; 256] = floats([
     0x3f68_999a, 0x3f6c_3333, 0x3f6f_cccd, 0x3f73_6666, 0x3f77_0000, 0x3f7a_999a, 0x3f7e_3333, 0x3f80_0000,
 ]);
 
+/// (256) The unsigned dynamic code of bitsandbytes' 8-bit optimizers (the second moment), rising, from 0 to 1.
+#[rustfmt::skip]
+pub const DYNAMIC_UNSIGNED: [f32; 256] = floats([
+    0x0000_0000, 0x34ae_7baa, 0x3550_0998, 0x360e_9b38, 0x3692_ccf6, 0x36de_4c51, 0x3714_e5d5, 0x3783_126e,
+    0x37e1_71a0, 0x381f_e868, 0x384f_1800, 0x387e_479a, 0x3896_bb99, 0x38ae_5364, 0x38c5_eb31, 0x3906_594b,
+    0x3941_54ca, 0x397c_5049, 0x399b_a5e4, 0x39b9_23a2, 0x39d6_a163, 0x39f4_1f22, 0x3a08_ce71, 0x3a17_8d50,
+    0x3a26_4c30, 0x3a35_0b10, 0x3a43_c9ef, 0x3a52_88d0, 0x3a61_47af, 0x3a70_068e, 0x3a7e_c56e, 0x3a95_8106,
+    0x3aba_5e35, 0x3adf_3b64, 0x3b02_0c4a, 0x3b14_7ae1, 0x3b26_e978, 0x3b39_5810, 0x3b4b_c6a7, 0x3b5e_3540,
+    0x3b70_a3d7, 0x3b81_8937, 0x3b8a_c082, 0x3b93_f7cf, 0x3b9d_2f1a, 0x3ba6_6666, 0x3baf_9db2, 0x3bb8_d4fd,
+    0x3bc2_0c4a, 0x3bcb_4395, 0x3bd4_7ae1, 0x3bdd_b22e, 0x3be6_e978, 0x3bf0_20c5, 0x3bf9_580f, 0x3c01_47ae,
+    0x3c05_e354, 0x3c0a_7ef9, 0x3c0f_1aa0, 0x3c13_b645, 0x3c18_51eb, 0x3c1c_ed92, 0x3c21_8937, 0x3c2f_5c2a,
+    0x3c46_6667, 0x3c5d_70a3, 0x3c74_7ae2, 0x3c85_c28f, 0x3c91_47af, 0x3c9c_cccd, 0x3ca8_51eb, 0x3cb3_d70b,
+    0x3cbf_5c29, 0x3cca_e147, 0x3cd6_6667, 0x3ce1_eb87, 0x3ced_70a3, 0x3cf8_f5c3, 0x3d02_3d70, 0x3d08_0000,
+    0x3d0d_c28f, 0x3d13_851f, 0x3d19_47af, 0x3d1f_0a3d, 0x3d24_cccd, 0x3d2a_8f5c, 0x3d30_51eb, 0x3d36_147b,
+    0x3d3b_d70a, 0x3d41_999a, 0x3d47_5c28, 0x3d4d_1eb8, 0x3d52_e147, 0x3d58_a3d7, 0x3d5e_6667, 0x3d64_28f7,
+    0x3d69_eb87, 0x3d6f_ae15, 0x3d75_70a3, 0x3d7b_3333, 0x3d80_7ae2, 0x3d83_5c2a, 0x3d86_3d71, 0x3d89_1eb8,
+    0x3d8c_0000, 0x3d8e_e148, 0x3d91_c290, 0x3d94_a3d7, 0x3d97_851f, 0x3d9a_6667, 0x3d9d_47af, 0x3da0_28f6,
+    0x3da3_0a3e, 0x3da5_eb85, 0x3da8_cccd, 0x3dab_ae15, 0x3dae_8f5c, 0x3db1_70a4, 0x3db4_51eb, 0x3db7_3333,
+    0x3dba_147b, 0x3dbc_f5c3, 0x3dbf_d70b, 0x3dc2_b852, 0x3dc5_999a, 0x3dc8_7ae2, 0x3dcb_5c29, 0x3dd4_0000,
+    0x3de2_6666, 0x3df0_cccd, 0x3dff_3333, 0x3e06_cccc, 0x3e0e_0000, 0x3e15_3334, 0x3e1c_6666, 0x3e23_999a,
+    0x3e2a_cccc, 0x3e32_0000, 0x3e39_3334, 0x3e40_6666, 0x3e47_999a, 0x3e4e_cccc, 0x3e56_0000, 0x3e5d_3334,
+    0x3e64_6666, 0x3e6b_999a, 0x3e72_cccc, 0x3e7a_0000, 0x3e80_9999, 0x3e84_3333, 0x3e87_cccd, 0x3e8b_6666,
+    0x3e8f_0000, 0x3e92_999a, 0x3e96_3333, 0x3e99_cccc, 0x3e9d_6666, 0x3ea1_0000, 0x3ea4_999a, 0x3ea8_3333,
+    0x3eab_cccc, 0x3eaf_6666, 0x3eb3_0000, 0x3eb6_999a, 0x3eba_3333, 0x3ebd_cccc, 0x3ec1_6666, 0x3ec5_0000,
+    0x3ec8_999a, 0x3ecc_3333, 0x3ecf_cccc, 0x3ed3_6666, 0x3ed7_0000, 0x3eda_999a, 0x3ede_3333, 0x3ee1_cccc,
+    0x3ee5_6666, 0x3ee9_0000, 0x3eec_999a, 0x3ef0_3333, 0x3ef3_cccc, 0x3ef7_6666, 0x3efb_0000, 0x3efe_9999,
+    0x3f01_199a, 0x3f02_e666, 0x3f04_b333, 0x3f06_8000, 0x3f08_4ccc, 0x3f0a_199a, 0x3f0b_e666, 0x3f0d_b334,
+    0x3f0f_8000, 0x3f11_4ccd, 0x3f13_199a, 0x3f14_e666, 0x3f16_b334, 0x3f18_8000, 0x3f1a_4ccd, 0x3f1c_199a,
+    0x3f1d_e666, 0x3f1f_b334, 0x3f21_8000, 0x3f23_4ccd, 0x3f25_199a, 0x3f26_e666, 0x3f28_b334, 0x3f2a_8000,
+    0x3f2c_4ccd, 0x3f2e_199a, 0x3f2f_e666, 0x3f31_b334, 0x3f33_8000, 0x3f35_4ccd, 0x3f37_199a, 0x3f38_e666,
+    0x3f3a_b334, 0x3f3c_8000, 0x3f3e_4ccd, 0x3f40_199a, 0x3f41_e666, 0x3f43_b334, 0x3f45_8000, 0x3f47_4ccc,
+    0x3f49_199a, 0x3f4a_e666, 0x3f4c_b334, 0x3f4e_8000, 0x3f50_4ccc, 0x3f52_199a, 0x3f53_e666, 0x3f55_b334,
+    0x3f57_8000, 0x3f59_4ccc, 0x3f5b_199a, 0x3f5c_e666, 0x3f5e_b334, 0x3f60_8000, 0x3f62_4ccc, 0x3f64_199a,
+    0x3f65_e666, 0x3f67_b334, 0x3f69_8000, 0x3f6b_4ccc, 0x3f6d_199a, 0x3f6e_e666, 0x3f70_b334, 0x3f72_8000,
+    0x3f74_4ccc, 0x3f76_199a, 0x3f77_e666, 0x3f79_b334, 0x3f7b_8000, 0x3f7d_4ccc, 0x3f7f_199a, 0x3f80_0000,
+]);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +226,10 @@ mod tests {
         for (i, &midpoint) in DYNAMIC_MIDPOINTS.iter().enumerate() {
             assert_eq!(usize::from(dynamic_code(midpoint)), i, "midpoint {i}");
             assert_eq!(usize::from(dynamic_code(midpoint.next_up())), i + 1, "above midpoint {i}");
+        }
+        assert!(DYNAMIC_UNSIGNED.is_sorted());
+        for (i, &value) in DYNAMIC_UNSIGNED.iter().enumerate() {
+            assert_eq!(usize::from(dynamic_unsigned_code(value)), i, "unsigned code {i}");
         }
         assert_eq!((dynamic_code(-2.0), dynamic_code(2.0), dynamic_code(f32::NAN)), (0, 255, 0));
     }

@@ -152,7 +152,7 @@ keys! {
     adam_epsilon: f64 = 1e-8, Float;
     /// Clip the gradient to this global norm; 0: no clipping.
     max_grad_norm: f64 = 1.0, Float;
-    /// "paged_adamw_32bit" or "adamw_torch" (the same on the CPU). TRL: adamw_torch_fused.
+    /// "paged_adamw_32bit", "paged_adamw_8bit" (moments in 8 bits) or "adamw_torch" (as the first). TRL: adamw_torch_fused.
     optim: String = "paged_adamw_32bit".into(), Text;
 
     /// Passes over the data; a fraction is allowed.
@@ -415,7 +415,7 @@ mod tests {
             ("learning_rate = \"fast\"", "learning_rate: ", "number"),
             ("learning_rate = nan", "learning_rate: ", "at least 0"),
             ("packing = 1", "packing: ", "true or false"),
-            ("optim = \"sgd\"", "optim: ", "paged_adamw_32bit, paged_adamw, adamw_torch"),
+            ("optim = \"sgd\"", "optim: ", "paged_adamw_32bit, paged_adamw_8bit, paged_adamw"),
             ("lr_scheduler_type = \"poly\"", "lr_scheduler_type: ", "cosine"),
             ("bnb_4bit_quant_type = \"int4\"", "bnb_4bit_quant_type: ", "nf4, fp4"),
             ("overlong = \"cut\"", "overlong: ", "truncate"),

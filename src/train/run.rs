@@ -14,7 +14,7 @@ use super::tensorboard::EventWriter;
 use super::ui::{StepReport, Ui};
 use super::validate::{Every, resolve};
 use super::{checkpoints, optimizer};
-use crate::backend::{Backend, Batch, Dropout, HostBatch};
+use crate::backend::{Backend, Batch, Dropout, HostBatch, NewOptimizer};
 use crate::checkpoint::state::{self, TrainingState};
 use crate::checkpoint::{ModelDir, peft};
 use crate::error::{Error, Result};
@@ -89,7 +89,12 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
     let max_tokens = train_tokens.max(eval::most_tokens(&data.eval_rows, 1));
     let mut model = setup::model(backend, config, &dir, &adapter, max_tokens, ui)?;
     let batch = Batch::new(backend, max_tokens)?;
-    let mut optimizer = backend.new_optimizer(config.optim_kind()?, &adapter.weights)?;
+    let tensors = adapter.layout.tensor_lens();
+    let mut optimizer = backend.new_optimizer(NewOptimizer {
+        kind: config.optim_kind()?,
+        init: &adapter.weights,
+        tensors: &tensors,
+    })?;
     if let Some(saved) = &saved {
         backend.write_optimizer(&mut optimizer, saved)?;
         model.write_adapter(backend, &saved.master)?;

@@ -195,6 +195,7 @@ impl TrainConfig {
             &self.optim,
             &[
                 ("paged_adamw_32bit", OptimKind::PagedAdamw32bit),
+                ("paged_adamw_8bit", OptimKind::PagedAdamw8bit),
                 ("paged_adamw", OptimKind::PagedAdamw32bit),
                 ("adamw_torch", OptimKind::AdamwTorch),
                 ("adamw_torch_fused", OptimKind::AdamwTorch),

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use halfbyte::backend::{Backend, Batch, HostBatch, IGNORE, OptimKind, ParamGroup};
+use halfbyte::backend::{Backend, Batch, HostBatch, IGNORE, NewOptimizer, OptimKind, ParamGroup};
 use halfbyte::checkpoint::dir::ModelDir;
 use halfbyte::checkpoint::{QuantConfig, peft};
 use halfbyte::model::{AdamwSettings, AdapterLayout, HostAdapter, Model, ModelOptions, WeightSource};
@@ -353,7 +353,9 @@ impl<D: Device> Case<D> {
         let steps = self.expected.pointer("/train/steps").and_then(Value::as_array).ok_or("no train/steps")?;
 
         let mut engine = Engine::<D>::new(&dir, Some(&adapter), Self::longest(&fixture, steps)?)?;
-        let mut state = engine.backend.new_optimizer(OptimKind::PagedAdamw32bit, &adapter.weights)?;
+        let tensors = adapter.layout.tensor_lens();
+        let of = NewOptimizer { kind: OptimKind::PagedAdamw32bit, init: &adapter.weights, tensors: &tensors };
+        let mut state = engine.backend.new_optimizer(of)?;
         for (i, step) in steps.iter().enumerate() {
             let batch = number(step, "/batch")?;
             let host = Rows::read(&fixture, &format!(".{batch}"))?.batch();

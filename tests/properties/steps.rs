@@ -1,6 +1,7 @@
 //! What an optimizer step gives must not depend on how its tokens are laid out, and must repeat.
 
-use halfbyte::backend::{Backend, Dropout, HostBatch, IGNORE, OptimKind, ParamGroup};
+use halfbyte::backend::cpu::Optimizer;
+use halfbyte::backend::{Backend, Dropout, HostBatch, IGNORE, NewOptimizer, OptimKind, ParamGroup};
 use halfbyte::data::{Dataset, Document, pack};
 use halfbyte::model::{AdamwSettings, HostAdapter, Keep, LayerPlan, ModelConfig};
 use halfbyte::rng::{Stream, word};
@@ -170,6 +171,11 @@ fn adamw_once(w: f32, g: f32, clip: f64, lr: f64, wd: f64) -> f64 {
     f64::from(w) * (1.0 - lr * wd) - lr * (m / 0.1) / ((v / 0.001).sqrt() + 1e-8)
 }
 
+fn new_optimizer(engine: &mut Engine, kind: OptimKind, adapter: &HostAdapter) -> Optimizer {
+    let tensors = adapter.layout.tensor_lens();
+    engine.cpu.new_optimizer(NewOptimizer { kind, init: &adapter.weights, tensors: &tensors }).expect("an optimizer")
+}
+
 #[test]
 fn one_step_of_adamw_matches_the_formula_with_the_clip_active_and_not() {
     let config = plain();
@@ -177,7 +183,7 @@ fn one_step_of_adamw_matches_the_formula_with_the_clip_active_and_not() {
     let len = adapter.layout.len;
     for max_grad_norm in [0.01, 1e6, 0.0] {
         let mut engine = Engine::new(&config, Some(&adapter), &[]);
-        let mut state = engine.cpu.new_optimizer(OptimKind::AdamwTorch, &adapter.weights).expect("an optimizer");
+        let mut state = new_optimizer(&mut engine, OptimKind::AdamwTorch, &adapter);
         let step = engine.step(&four(), None);
         let half = len / 2;
         let groups = vec![
@@ -207,7 +213,7 @@ fn the_working_copy_follows_the_optimizer() {
     let config = plain();
     let adapter = adapter(&config, "all-linear");
     let mut engine = Engine::new(&config, Some(&adapter), &[]);
-    let mut state = engine.cpu.new_optimizer(OptimKind::PagedAdamw32bit, &adapter.weights).expect("an optimizer");
+    let mut state = new_optimizer(&mut engine, OptimKind::PagedAdamw32bit, &adapter);
     let mut losses = Vec::new();
     for step in 1..=10 {
         losses.push(engine.step(&four(), None).loss);

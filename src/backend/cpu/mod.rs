@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+pub use optimizer::Optimizer;
 pub use weights::Matrix;
 
 use super::*;
@@ -197,7 +198,7 @@ impl Backend for Cpu {
     type F32 = Vec<f32>;
     type I32 = Vec<i32>;
     type Matrix = Matrix;
-    type Optimizer = OptimizerState;
+    type Optimizer = Optimizer;
     type Host = Vec<f32>;
     type Ticket = ();
 
@@ -222,8 +223,8 @@ impl Backend for Cpu {
         Matrix::new(w)
     }
 
-    fn new_optimizer(&mut self, _kind: OptimKind, init: &[f32]) -> Result<OptimizerState> {
-        Ok(OptimizerState { master: init.to_vec(), m: vec![0.0; init.len()], v: vec![0.0; init.len()] })
+    fn new_optimizer(&mut self, of: NewOptimizer) -> Result<Optimizer> {
+        Optimizer::new(of)
     }
 
     fn alloc_host(&mut self, len: usize) -> Result<Vec<f32>> {
@@ -272,19 +273,12 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn read_optimizer(&mut self, src: &OptimizerState) -> Result<OptimizerState> {
-        Ok(src.clone())
+    fn read_optimizer(&mut self, src: &Optimizer) -> Result<OptimizerState> {
+        Ok(src.state.clone())
     }
 
-    fn write_optimizer(&mut self, dst: &mut OptimizerState, src: &OptimizerState) -> Result<()> {
-        let op = "write_optimizer";
-        exactly(op, "master", src.master.len(), dst.master.len())?;
-        exactly(op, "m", src.m.len(), dst.m.len())?;
-        exactly(op, "v", src.v.len(), dst.v.len())?;
-        dst.master.copy_from_slice(&src.master);
-        dst.m.copy_from_slice(&src.m);
-        dst.v.copy_from_slice(&src.v);
-        Ok(())
+    fn write_optimizer(&mut self, dst: &mut Optimizer, src: &OptimizerState) -> Result<()> {
+        dst.state.copy_from("write_optimizer", src)
     }
 
     fn nf4_dequantize(&mut self, out: &mut Vec<f32>, w: &Matrix) -> Result<()> {

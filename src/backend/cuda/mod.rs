@@ -114,5 +114,5 @@ impl Cuda {
 
 /// A driver call that failed, with the driver's own words for it.
 fn driver_error(op: impl Into<String>, error: DriverError) -> Error {
-    Error::Cuda { op: op.into(), detail: device::describe(error) }
+    Error::Cuda { op: op.into(), detail: ffi::with_hint(error.0 as c_int, device::describe(error)) }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::{assert_input, fixture, join, set_key, split};
-use crate::backend::OptimizerState;
+use crate::backend::adamw::Blocks;
+use crate::backend::{Moment, OptimizerState};
 use crate::checkpoint::state::{self, TrainingState};
 use crate::checkpoint::{ModelDir, QuantConfig, atomic, config, merge, peft, quantized};
 use crate::error::Error;
@@ -29,7 +30,7 @@ fn some_state(step: u64) -> TrainingState {
         use_rslora: false,
     };
     let adapter = HostAdapter::init(lora, &model(), step).unwrap();
-    let values = |x: f32| (0..adapter.layout.len).map(|i| x + i as f32 * 1e-3).collect();
+    let values = |x: f32| Moment::F32((0..adapter.layout.len).map(|i| x + i as f32 * 1e-3).collect());
     let optimizer = OptimizerState { master: adapter.weights.clone(), m: values(0.5), v: values(step as f32) };
     TrainingState { step, optimizer, trainer: json!({"epoch": 1.5, "rows": [1, 2], "seed": u64::MAX}), adapter }
 }
@@ -50,7 +51,14 @@ fn a_training_state_read_is_the_one_written() {
     assert_eq!(state::load(&dir, &model()).unwrap(), state);
     // It is a PEFT adapter as well.
     assert_eq!(peft::load(&dir, &model()).unwrap().weights, state.adapter.weights);
-    let again = TrainingState { trainer: json!(null), ..state };
+    let p = state.adapter.layout.len;
+    let blocks = Blocks::new(p, &state.adapter.layout.tensor_lens()).unwrap().count();
+    let moment = |x: u8| Moment::U8 {
+        codes: (0..p).map(|i| (i as u8).wrapping_mul(x)).collect(),
+        absmax: (0..blocks).map(|b| b as f32 / 3.0).collect(),
+    };
+    let optimizer = OptimizerState { master: state.adapter.weights.clone(), m: moment(3), v: moment(7) };
+    let again = TrainingState { trainer: json!(null), optimizer, ..state };
     state::save(&dir, &again, "tiny-mistral").unwrap();
     assert_eq!(state::load(&dir, &model()).unwrap(), again);
     assert_eq!(names(out.path()), ["checkpoint-12"]);

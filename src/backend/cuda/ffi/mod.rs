@@ -16,6 +16,7 @@ pub mod rope;
 pub mod swiglu;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 
@@ -39,21 +40,44 @@ pub enum Dtype {
 unsafe extern "C" {
     fn cudaRuntimeGetVersion(version: *mut c_int) -> Status;
     fn cudaSetDevice(device: c_int) -> Status;
+    fn cudaDeviceSynchronize() -> Status;
     fn cudaGetErrorName(status: Status) -> *const c_char;
     fn cudaGetErrorString(status: Status) -> *const c_char;
 }
 
 impl Status {
-    /// [`Error::Cuda`] with the runtime's own words, unless it is cudaSuccess.
+    /// [`Error::Cuda`] with the runtime's own words, unless it is cudaSuccess. Under `HALFBYTE_SYNC=1` waits for the GPU
+    /// first, so that a fault inside a kernel is found at the launch that it belongs to.
     pub fn check(self, op: &'static str) -> Result<()> {
-        if self.0 == 0 {
+        let mut status = self;
+        if status.0 == 0 && synchronous() {
+            // SAFETY: waits for the work of the current context.
+            status = unsafe { cudaDeviceSynchronize() };
+        }
+        if status.0 == 0 {
             return Ok(());
         }
         // SAFETY: both return a static, NUL-terminated string for any value.
         let (name, words) =
-            unsafe { (CStr::from_ptr(cudaGetErrorName(self)), CStr::from_ptr(cudaGetErrorString(self))) };
-        Err(Error::Cuda { op: op.into(), detail: format!("{}: {}", name.to_string_lossy(), words.to_string_lossy()) })
+            unsafe { (CStr::from_ptr(cudaGetErrorName(status)), CStr::from_ptr(cudaGetErrorString(status))) };
+        let detail = format!("{}: {}", name.to_string_lossy(), words.to_string_lossy());
+        Err(Error::Cuda { op: op.into(), detail: with_hint(status.0, detail) })
     }
+}
+
+/// Whether `HALFBYTE_SYNC=1` asks to wait for the GPU after every launch. Graphs cannot be recorded then.
+pub fn synchronous() -> bool {
+    static SYNC: OnceLock<bool> = OnceLock::new();
+    *SYNC.get_or_init(|| std::env::var("HALFBYTE_SYNC").is_ok_and(|value| !matches!(value.as_str(), "" | "0")))
+}
+
+/// A fault inside a kernel shows at some later call: what is said of it then names the wrong op. `code` is cudaError_t or
+/// CUresult, which number these faults alike.
+pub fn with_hint(code: c_int, detail: String) -> String {
+    // From cudaErrorIllegalAddress to cudaErrorLaunchFailure, and cudaErrorECCUncorrectable.
+    let sticky = matches!(code, 214 | 700..=702 | 710 | 714..=719);
+    let hint = "this launch or one before it; HALFBYTE_SYNC=1 waits after each and names it";
+    if sticky && !synchronous() { format!("{detail} ({hint})") } else { detail }
 }
 
 /// The CUDA runtime that is linked in, as 1000 * major + 10 * minor. Works without a driver.
