@@ -22,9 +22,17 @@ const DECODE_TOKENS: usize = 64;
 /// f64 partial sums of grad_norm.
 const GRAD_NORM_PARTIALS: usize = 1024;
 
-/// f32 elements of the partial sums of the LoRA products of `t` tokens, an input of `k`, outputs of `n`, and rank `r`.
-fn lora_scratch(t: usize, k: usize, n: usize, r: usize) -> usize {
-    t.div_ceil(512) * (n + k) * r
+/// f32 elements of partial sums that the LoRA products need at most for T = `t`, an input of `k`, an output of `n`, and a
+/// sum of ranks `r`, or for smaller sizes: it rises with each argument.
+pub fn lora_scratch(t: usize, k: usize, n: usize, r: usize) -> usize {
+    // Bounds of what the launchers of csrc/lora.cu place, whatever the ranks of the parts.
+    let tiles = t.div_ceil(64);
+    let rows = |width: usize| r * t.max((256 * 64).min(t * width.div_ceil(256)));
+    let cols = |width: usize| r * width.max((256 * 128).min(tiles * width));
+    let shared = r.min(32);
+    let fused_rows = t * (shared * n.div_ceil(if r <= 16 { 1024 } else { 512 }) + r);
+    let fused_cols = shared * n + (256 * 128 * 128).min(tiles * n * shared);
+    rows(k).max(rows(n) + cols(n) + fused_rows + fused_cols + cols(k))
 }
 
 /// f32 elements that attention of `t` new tokens over a cache needs.
@@ -101,5 +109,27 @@ impl Workspace {
             ("dropout step", 4 * self.step),
             ("cuBLAS", self.cublas),
         ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lora_scratch;
+
+    #[test]
+    fn scratch_rises_with_each_argument() {
+        let sizes = [1, 7, 16, 17, 33, 64, 130, 513, 1024, 1025, 4096, 14_336, 28_672];
+        let ranks = [1, 16, 17, 32, 48, 64, 256, 768];
+        for (i, &t) in sizes.iter().enumerate() {
+            for &other in &sizes {
+                for &r in &ranks {
+                    let next = sizes[(i + 1).min(sizes.len() - 1)];
+                    assert!(lora_scratch(next, other, other, r) >= lora_scratch(t, other, other, r));
+                    assert!(lora_scratch(other, next, other, r) >= lora_scratch(other, t, other, r));
+                    assert!(lora_scratch(other, other, next, r) >= lora_scratch(other, other, t, r));
+                    assert!(lora_scratch(other, t, next, r + 1) >= lora_scratch(other, t, next, r));
+                }
+            }
+        }
     }
 }

@@ -11,6 +11,8 @@ use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::{Error, Result};
 
+pub use crate::backend::workspace::lora_scratch;
+
 /// The highest rank of a part.
 pub const MAX_RANK: usize = 256;
 /// The most parts of a group.
@@ -114,19 +116,6 @@ pub struct LoraBackwardX<'a> {
     pub k: usize,
     pub r: usize,
     pub dropout: Option<DropoutMask<'a>>,
-}
-
-/// Elements of scratch that [`lora_forward`] and [`lora_backward`] need at most for these sizes or smaller ones. It rises
-/// with each argument.
-pub fn lora_scratch(t: usize, k: usize, n: usize, r: usize) -> usize {
-    // Bounds of what the launchers of csrc/lora.cu place, whatever the ranks of the parts.
-    let tiles = t.div_ceil(64);
-    let rows = |width: usize| r * t.max((256 * 64).min(t * width.div_ceil(256)));
-    let cols = |width: usize| r * width.max((256 * 128).min(tiles * width));
-    let shared = r.min(32);
-    let fused_rows = t * (shared * n.div_ceil(if r <= 16 { 1024 } else { 512 }) + r);
-    let fused_cols = shared * n + (256 * 128 * 128).min(tiles * n * shared);
-    rows(k).max(rows(n) + cols(n) + fused_rows + fused_cols + cols(k))
 }
 
 pub fn lora_forward(cuda: &Cuda, a: LoraForward) -> Result<()> {
@@ -288,26 +277,4 @@ fn dropout(cuda: &Cuda, op: &'static str, mask: Option<&DropoutMask>) -> Result<
 
 fn int(op: &'static str, argument: &'static str, value: usize) -> Result<i32> {
     i32::try_from(value).map_err(|_| Error::Shape { op, argument, found: value, expected: i32::MAX as usize })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::lora_scratch;
-
-    #[test]
-    fn scratch_rises_with_each_argument() {
-        let sizes = [1, 7, 16, 17, 33, 64, 130, 513, 1024, 1025, 4096, 14_336, 28_672];
-        let ranks = [1, 16, 17, 32, 48, 64, 256, 768];
-        for (i, &t) in sizes.iter().enumerate() {
-            for &other in &sizes {
-                for &r in &ranks {
-                    let next = sizes[(i + 1).min(sizes.len() - 1)];
-                    assert!(lora_scratch(next, other, other, r) >= lora_scratch(t, other, other, r));
-                    assert!(lora_scratch(other, next, other, r) >= lora_scratch(other, t, other, r));
-                    assert!(lora_scratch(other, other, next, r) >= lora_scratch(other, other, t, r));
-                    assert!(lora_scratch(other, t, next, r + 1) >= lora_scratch(other, t, next, r));
-                }
-            }
-        }
-    }
 }
