@@ -43,6 +43,6 @@ HALFBYTE_API cudaError_t gemm(const Gemm *args, cudaStream_t stream) {
     p.c_f32 = c_f32;
     p.c_vectors = is_aligned(g.c, 16) && g.ldc % (c_f32 ? 4 : 8) == 0;
     const bool aligned = gemm_aligned(p.main, true) && gemm_aligned(p.pair, true);
-    return g.b_transposed ? gemm_dispatch<Bf16Source, true>(p, {}, aligned, stream)
-                          : gemm_dispatch<Bf16Source, false>(p, {}, aligned, stream);
+    return g.b_transposed ? gemm_dispatch<Bf16Source, Bf16Source, true>(p, {}, aligned, stream)
+                          : gemm_dispatch<Bf16Source, Bf16Source, false>(p, {}, aligned, stream);
 }

@@ -86,16 +86,16 @@ __device__ __forceinline__ void gemm_load_n_major(unsigned char *tile, const bf1
     }
 }
 
-// Where the main product's b comes from: memory, in bf16. See Nf4Source in nf4_gemm.cu for one that makes it up.
+// Where the main product's b comes from: memory, in bf16. See nf4_gemm.cu for sources that make it up.
 struct Bf16Source {
     static constexpr bool DECODES = false;
     static constexpr size_t SHARED_BYTES = 0;
     static constexpr int CTAS = 2; // of an SM, what the registers must allow
     struct Params {};
-    __device__ Bf16Source(const Params &, unsigned char *, int, int, int) {}
-    __device__ void fetch(int) {}
-    __device__ void start() {}
-    __device__ void decode(unsigned char *, int) {}
+    __device__ Bf16Source(const Params &, unsigned char *, int) {}
+    __device__ void fetch(int) {}                  // asks for this thread's share of a tile
+    __device__ void start() {}                     // what was fetched is decoded next
+    __device__ void decode(unsigned char *, int) {} // a quarter of the share, to its place in the tile
 };
 
 // One warp's 16 columns of k: fragments of a (WM x 16) and of b (16 x WN).
@@ -232,7 +232,7 @@ gemm_kernel(const GemmParams p, const typename Source::Params w) {
 #pragma unroll
             for (float &x : of_mma) x = 0.0f;
 
-    Source source(w, shared + Tile::RING_BYTES, n0, p.n, p.main.k);
+    Source source(w, shared + Tile::RING_BYTES, n0);
     source.fetch(0);
 #pragma unroll
     for (int t = 0; t < Tile::STAGES - 1; ++t) load(t, t);
@@ -300,10 +300,11 @@ inline bool gemm_aligned(const GemmProduct &q, bool with_b) {
     return is_aligned(q.a, 16) && q.lda % 8 == 0 && (!with_b || (is_aligned(q.b, 16) && q.ldb % 8 == 0));
 }
 
-// Picks the tile by shape: small ones cost a sixth more, and pay where large ones leave SMs idle. `aligned`: see the kernel.
-template <class Source, bool K_MAJOR>
+// Picks the tile by shape: small ones cost a sixth more, and pay where large ones leave SMs idle. AnySource is for where
+// not all is `aligned`.
+template <class Source, class AnySource, bool K_MAJOR>
 cudaError_t gemm_dispatch(const GemmParams &p, const typename Source::Params &w, bool aligned, cudaStream_t stream) {
-    if (!aligned) return gemm_launch<GemmSmall, Source, K_MAJOR, false>(p, w, stream);
+    if (!aligned) return gemm_launch<GemmSmall, AnySource, K_MAJOR, false>(p, w, stream);
     int device = 0, sms = 0;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
