@@ -1,9 +1,10 @@
-//! csrc/attention.cu and csrc/attention_sm90.cu: two sets of kernels behind the same arguments.
+//! csrc/attention.cu, and csrc/attention_sm90.cu with attention_sm90_backward.cu: two sets of kernels behind the same arguments.
 
 use half::bf16;
 
+use super::{Status, Stream};
+
 #[repr(C)]
-#[expect(dead_code, reason = "the ops of attention use it")]
 pub struct AttentionForward {
     pub o: *mut bf16,
     pub lse: *mut f32,
@@ -20,7 +21,6 @@ pub struct AttentionForward {
 }
 
 #[repr(C)]
-#[expect(dead_code, reason = "the ops of attention use it")]
 pub struct AttentionBackward {
     pub dqkv: *mut bf16,
     pub delta: *mut f32,
@@ -42,3 +42,10 @@ pub struct AttentionBackward {
 // The same numbers stand in static_asserts of csrc/attention.cuh.
 const _: () = assert!(size_of::<AttentionForward>() == 64);
 const _: () = assert!(size_of::<AttentionBackward>() == 88);
+
+unsafe extern "C" {
+    pub fn attention_forward(args: *const AttentionForward, stream: Stream) -> Status;
+    pub fn attention_backward(args: *const AttentionBackward, stream: Stream) -> Status;
+    pub fn attention_forward_sm90(args: *const AttentionForward, stream: Stream) -> Status;
+    pub fn attention_backward_sm90(args: *const AttentionBackward, stream: Stream) -> Status;
+}
