@@ -12,6 +12,7 @@ mod device;
 mod embedding;
 mod gemm;
 mod grad_norm;
+mod head_norm;
 mod lora;
 mod nf4;
 mod nf4_gemm;
@@ -40,6 +41,7 @@ fn main() {
     trials.extend(embedding::trials());
     trials.extend(gemm::trials());
     trials.extend(grad_norm::trials());
+    trials.extend(head_norm::trials());
     trials.extend(lora::trials());
     trials.extend(nf4_gemm::trials());
     trials.extend(rmsnorm::trials());

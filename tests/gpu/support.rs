@@ -75,6 +75,20 @@ impl Random {
     }
 }
 
+/// Rounds to bf16 and widens again: what a chain of bf16 ops does to every intermediate.
+pub fn round(x: f32) -> f32 {
+    bf16::from_f32(x).to_f32()
+}
+
+/// Fails unless `result` is [`Error::Shape`] of this op and argument.
+pub fn refused(result: Result<(), Error>, op: &str, argument: &str) -> Outcome {
+    match result {
+        Err(Error::Shape { op: o, argument: a, .. }) if (o, a) == (op, argument) => Ok(()),
+        Err(other) => Err(format!("expected {op} to refuse {argument}, found: {other}").into()),
+        Ok(()) => Err(format!("{op} took a wrong {argument}").into()),
+    }
+}
+
 /// Widens.
 pub fn wide(x: &[bf16]) -> Vec<f32> {
     x.iter().map(|v| v.to_f32()).collect()
