@@ -17,18 +17,16 @@ namespace {
 // (n), backward BN / 64 panels of 64 rows (n), side by side along k.
 template <bool FORWARD> struct Share {
     int row, col; // in the tile; col is where the half block starts
-    uint32_t half; // 0 or 1
 
-    __device__ Share() : half(threadIdx.x % 2) {
+    __device__ Share() {
         const int r = threadIdx.x / 2;
         row = FORWARD ? r : r % GEMM_BK;
-        col = (FORWARD ? 0 : r / GEMM_BK * NF4_BLOCK) + 32 * int(half);
+        col = (FORWARD ? 0 : r / GEMM_BK * NF4_BLOCK) + threadIdx.x % 2 * 32;
     }
 
-    // Its 8 weights number `part`, to their place in the tile.
-    __device__ __forceinline__ void store(unsigned char *tile, int part, uint4 weights) const {
-        unsigned char *panel = tile + col / NF4_BLOCK * (GEMM_BK * 128);
-        *reinterpret_cast<uint4 *>(panel + swizzle128(row, int(half) * 4 + part)) = weights;
+    // The place in the tile of its 8 weights number `part`.
+    __device__ __forceinline__ unsigned char *at(unsigned char *tile, int part) const {
+        return tile + col / NF4_BLOCK * (GEMM_BK * 128) + swizzle128(row, col % NF4_BLOCK / 8 + part);
     }
 };
 
@@ -97,7 +95,7 @@ template <bool FORWARD> class Nf4Source {
             out[2 * h] = __byte_perm(l, u, 0x4051);
             out[2 * h + 1] = __byte_perm(l, u, 0x6273);
         }
-        share.store(tile, part, make_uint4(out[0], out[1], out[2], out[3]));
+        *reinterpret_cast<uint4 *>(share.at(tile, part)) = make_uint4(out[0], out[1], out[2], out[3]);
     }
 
   private:
@@ -133,10 +131,9 @@ template <bool FORWARD> class Nf4AnySource {
     __device__ __forceinline__ void decode(unsigned char *to, int part) const {
         const int n = share.row + (FORWARD ? n0 : tile * GEMM_BK);
         const int k = share.col + 8 * part + (FORWARD ? tile * GEMM_BK : n0);
-        uint32_t out[4];
-#pragma unroll
+        uint32_t *out = reinterpret_cast<uint32_t *>(share.at(to, part));
+#pragma unroll 1
         for (int j = 0; j < 4; ++j) out[j] = pack_bf16(value(n, k + 2 * j), value(n, k + 2 * j + 1));
-        share.store(to, part, make_uint4(out[0], out[1], out[2], out[3]));
     }
 
   private:
