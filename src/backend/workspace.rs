@@ -94,6 +94,25 @@ pub fn workspace(needs: &Needs) -> Workspace {
 }
 
 impl Workspace {
+    fn sizes(&mut self) -> [&mut usize; 12] {
+        let Self { weights, head_rows, logits, rows, d_rows, row_loss, row_ids, lora, decode, norm, step, cublas } =
+            self;
+        [weights, head_rows, logits, rows, d_rows, row_loss, row_ids, lora, decode, norm, step, cublas]
+    }
+
+    /// Whether each buffer is at least as large as in `other`.
+    pub fn covers(mut self, mut other: Self) -> bool {
+        self.sizes().iter().zip(other.sizes()).all(|(a, b)| **a >= *b)
+    }
+
+    /// The larger size of each buffer.
+    pub fn max(mut self, mut other: Self) -> Self {
+        for (a, b) in self.sizes().into_iter().zip(other.sizes()) {
+            *a = (*a).max(*b);
+        }
+        self
+    }
+
     /// Name and bytes of each buffer.
     pub fn items(&self) -> [(&'static str, usize); 11] {
         [

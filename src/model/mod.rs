@@ -298,7 +298,7 @@ impl<B: Backend> Model<B> {
 
     fn key(&self, kind: StepKind, batch: &Batch<B>, dropout: Option<Dropout>) -> StepKey {
         let dropout = dropout.map(|d| (d.p.to_bits(), d.seed));
-        StepKey { model: self.number, kind, t: batch.t, b: batch.b, m: batch.m, dropout }
+        StepKey { model: self.number, batch: batch.number, kind, t: batch.t, b: batch.b, m: batch.m, dropout }
     }
 
     /// Adds the loss of the normed output in scratch.inner; `gradient`: leaves its gradient in scratch.outer.
@@ -410,7 +410,7 @@ impl<B: Backend> Model<B> {
         let positions: Vec<i32> = (past..past + t).map(|p| p as i32).collect();
         backend.write_i32(&mut self.tokens, tokens)?;
         backend.write_i32(&mut self.positions, &positions)?;
-        let key = StepKey { model: cache.number, kind: StepKind::Decode, t, b: 1, m: 1, dropout: None };
+        let key = StepKey { model: cache.number, batch: 0, kind: StepKind::Decode, t, b: 1, m: 1, dropout: None };
         backend.micro_step(key, 0, &mut |backend| self.decode_layers(backend, &mut cache.layers, t, past))?;
         cache.len += t;
         Ok(())
