@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::Cuda;
-use super::memory::{Buffer, View, ViewMut};
+use super::memory::{ALIGNMENT, Buffer, View, ViewMut};
 use super::ops::nf4::{self, Nf4Dequantize, Output};
 use crate::error::{Error, Result};
 use crate::nf4::{QuantType, Quantized};
@@ -63,6 +63,18 @@ impl Matrix {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Device memory that its buffers take.
+    pub fn bytes(&self) -> usize {
+        let sizes = match &self.data {
+            Data::Bf16(w) => [2 * w.len(), 0, 0, 0],
+            Data::Nf4 { packed, absmax: Absmax::Plain(absmax), .. } => [packed.len(), 4 * absmax.len(), 0, 0],
+            Data::Nf4 { packed, absmax: Absmax::Double { codes, nested_absmax, offset }, .. } => {
+                [packed.len(), codes.len(), 4 * nested_absmax.len(), 4 * offset.len()]
+            }
+        };
+        sizes.into_iter().map(|bytes| bytes.next_multiple_of(ALIGNMENT)).sum()
     }
 
     /// Whether it is in 4 bits.

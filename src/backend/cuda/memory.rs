@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytemuck::Pod;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
+use half::bf16;
 
 use super::{Cuda, driver_error};
 use crate::error::{Error, Result};
@@ -117,9 +118,17 @@ impl<'a, T> View<'a, T> {
     }
 
     /// The elements of `range`. Panics if it leaves the view.
+    #[track_caller]
     pub fn range(self, range: Range<usize>) -> View<'a, T> {
         assert!(range.start <= range.end && range.end <= self.len, "range {range:?} of {} elements", self.len);
         View { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), ..self }
+    }
+}
+
+impl<'a> View<'a, f32> {
+    /// The same bytes as twice as many bf16.
+    pub fn as_bf16(self) -> View<'a, bf16> {
+        View { address: self.address, len: 2 * self.len, stream: self.stream, buffer: PhantomData }
     }
 }
 
@@ -143,6 +152,11 @@ impl<'a, T> ViewMut<'a, T> {
         ViewMut { address: self.address, len: self.len, stream: self.stream, buffer: PhantomData }
     }
 
+    /// The same elements, from now on to read.
+    pub fn into_view(self) -> View<'a, T> {
+        View { address: self.address, len: self.len, stream: self.stream, buffer: PhantomData }
+    }
+
     /// The same elements, to read.
     pub fn as_view(&self) -> View<'_, T> {
         View { address: self.address, len: self.len, stream: self.stream, buffer: PhantomData }
@@ -153,6 +167,7 @@ impl Cuda {
     /// Makes the one allocation that every buffer from now on is cut from. [`Error::Cuda`] if the card has less free.
     pub fn reserve(&mut self, bytes: usize) -> Result<()> {
         let name = || format!("reserving {bytes} bytes of device memory");
+        self.calls.allocation();
         // SAFETY: the bytes are written before they are read: a buffer is zeroed or filled by whoever allocates it.
         let bytes = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.map_err(|e| driver_error(name(), e))?;
         let base = bytes.device_ptr(&self.stream).0;
@@ -182,6 +197,7 @@ impl Cuda {
                 (arena.take(size).map_err(full)?, Owner::Arena { _arena: arena.clone() })
             }
             None => {
+                self.calls.allocation();
                 // SAFETY: as in `reserve`.
                 let bytes = unsafe { self.stream.alloc::<u8>(size.max(1)) };
                 let bytes = bytes.map_err(|e| driver_error(format!("allocating {size} bytes"), e))?;

@@ -1,30 +1,99 @@
-//! The CUDA backend: one NVIDIA GPU, our own kernels (csrc/*.cu), one stream.
+//! The CUDA backend: one NVIDIA GPU, our own kernels (csrc/*.cu), one stream, and a second one for copies to the host.
 //!
 //! `ffi` is the only extern block, and `ops` its only user: raw, then checked. The CUDA runtime is linked in statically,
 //! the driver is opened at run time, so the program starts on a machine that has neither GPU nor driver.
 
+mod backend;
+pub mod cublas;
 pub mod device;
 mod ffi;
+mod graph;
+mod head;
+mod host_adamw;
+mod linear;
 pub mod matrix;
 pub mod memory;
+mod nvtx;
 pub mod ops;
+mod rates;
+mod scratch;
+pub mod transfer;
 
+use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
+use super::Item;
 use crate::error::{Error, Result};
 use device::{Device, Driver};
+pub use linear::LinearKind;
 
-/// One GPU, ready to run kernels. All work goes to one stream, in order.
+/// One GPU, ready to run kernels. All work goes to one stream, in order; copies to and from host memory run beside it.
 pub struct Cuda {
+    // What lives on the stream goes before it.
+    graphs: graph::Graphs,
+    cublas: Option<cublas::Cublas>,
+    scratch: Option<Box<scratch::Scratch>>,
+    transfers: Option<transfer::Transfers>,
+    /// What buffers are cut from once it is reserved.
+    arena: Option<Arc<memory::Arena>>,
+
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     device: Device,
     kernels: Kernels,
-    /// What buffers are cut from once it is reserved.
-    arena: Option<Arc<memory::Arena>>,
+    /// Makes every linear run this way.
+    linear: Option<LinearKind>,
+    hide_cublas: bool,
+    /// Whether `HALFBYTE_SYNC=1` asks to wait behind every launch.
+    sync_each: bool,
+    scopes: nvtx::Scopes,
+    calls: Counters,
+    /// What allocations are for now, and bytes by what they were for.
+    item: Option<Item>,
+    used: BTreeMap<Item, usize>,
+}
+
+/// How often the driver was asked for what a step may not ask for, and for replays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Calls {
+    /// Of device memory, or of pinned or managed memory.
+    pub allocations: u64,
+    /// Times the host waited for the GPU.
+    pub waits: u64,
+    /// Micro-steps recorded as graphs, and launched so.
+    pub records: u64,
+    pub replays: u64,
+}
+
+/// The counters behind [`Calls`].
+#[derive(Default)]
+struct Counters {
+    allocations: AtomicU64,
+    waits: AtomicU64,
+    records: AtomicU64,
+    replays: AtomicU64,
+}
+
+impl Counters {
+    fn allocation(&self) {
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn wait(&self) {
+        self.waits.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn record(&self) {
+        self.records.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn replay(&self) {
+        self.replays.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Which of the kernels written twice run: those for any card from sm_80 on, or those for Hopper (wgmma).
@@ -73,7 +142,24 @@ impl Cuda {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|e| driver_error("cuStreamCreate", e))?;
         let kernels = Kernels::pick(device.compute_capability)?;
-        Ok(Self { context, stream, device, kernels, arena: None })
+        Ok(Self {
+            graphs: graph::Graphs::from_environment(),
+            cublas: None,
+            scratch: None,
+            transfers: None,
+            arena: None,
+            context,
+            stream,
+            device,
+            kernels,
+            linear: LinearKind::from_environment()?,
+            hide_cublas: std::env::var("HALFBYTE_CUBLAS").as_deref() == Ok("0"),
+            sync_each: ffi::synchronous(),
+            scopes: nvtx::Scopes::default(),
+            calls: Counters::default(),
+            item: None,
+            used: BTreeMap::new(),
+        })
     }
 
     /// The same GPU with these kernels instead of its best; [`Kernels::Sm90`] gives the best.
@@ -106,8 +192,36 @@ impl Cuda {
         self.context.mem_get_info().map_err(|e| driver_error("cuMemGetInfo", e))
     }
 
+    /// Whether large products can go to cuBLAS.
+    pub fn has_cublas(&self) -> bool {
+        self.cublas.is_some() || (!self.hide_cublas && cublas::is_present())
+    }
+
+    /// The same GPU as if the machine had no cuBLAS.
+    pub fn without_cublas(mut self) -> Self {
+        (self.cublas, self.hide_cublas) = (None, true);
+        self
+    }
+
+    /// Calls of the driver so far.
+    pub fn calls(&self) -> Calls {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Calls {
+            allocations: read(&self.calls.allocations),
+            waits: read(&self.calls.waits),
+            records: read(&self.calls.records),
+            replays: read(&self.calls.replays),
+        }
+    }
+
+    /// Bytes of device memory by what they were allocated for; only what came through [`super::Backend`].
+    pub fn memory_by_item(&self) -> &BTreeMap<Item, usize> {
+        &self.used
+    }
+
     /// Waits until all that was launched has finished; an error of a kernel shows here at the latest.
     pub fn synchronize(&self) -> Result<()> {
+        self.calls.wait();
         self.stream.synchronize().map_err(|e| driver_error("cuStreamSynchronize", e))
     }
 }

@@ -1,0 +1,112 @@
+//! Micro-steps as CUDA graphs: what a key launches is recorded at its second call and replayed from then on.
+//!
+//! The first call runs as it is: the driver loads kernels and cuBLAS picks its own then, which a recording may not. A key
+//! that comes once, such as the odd last micro-batch of an epoch, costs no recording.
+
+use std::collections::VecDeque;
+
+use cudarc::driver::{CudaGraph, sys};
+
+use super::{Cuda, driver_error};
+use crate::backend::StepKey;
+use crate::error::Result;
+
+/// Graphs kept; the one used longest ago goes first.
+const GRAPHS: usize = 16;
+/// Keys remembered that have run once.
+const SEEN: usize = 256;
+
+/// The records of this backend.
+#[derive(Default)]
+pub(super) struct Graphs {
+    /// `HALFBYTE_GRAPH=0`, [`Cuda::use_graphs`], or a record that failed.
+    pub off: bool,
+    /// Whether ops are being recorded now.
+    pub recording: bool,
+    /// Keys that have run, the latest last.
+    seen: VecDeque<StepKey>,
+    /// Records, the one used last at the end.
+    kept: Vec<(StepKey, CudaGraph)>,
+}
+
+impl Graphs {
+    pub(super) fn from_environment() -> Self {
+        Self { off: std::env::var("HALFBYTE_GRAPH").as_deref() == Ok("0"), ..Self::default() }
+    }
+
+    /// Drops all records: something that they hold on to has changed.
+    pub(super) fn forget(&mut self) {
+        self.kept.clear();
+        self.seen.clear();
+    }
+
+    /// Whether `key` has run before; it has from now on.
+    fn meet(&mut self, key: StepKey) -> bool {
+        let before = self.seen.iter().position(|k| *k == key);
+        if let Some(at) = before {
+            self.seen.remove(at);
+        } else if self.seen.len() == SEEN {
+            self.seen.pop_front();
+        }
+        self.seen.push_back(key);
+        before.is_some()
+    }
+}
+
+impl Cuda {
+    /// Turns replay on or off. The bits of a step do not depend on it.
+    pub fn use_graphs(&mut self, on: bool) {
+        self.graphs.off = !on;
+        self.graphs.forget();
+    }
+
+    /// Runs `f`, or what it launched at an earlier call with this key.
+    pub(super) fn replay(&mut self, key: StepKey, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        if self.graphs.off || self.sync_each || self.graphs.recording {
+            f(self)?;
+            return self.join_transfers();
+        }
+        if let Some(at) = self.graphs.kept.iter().position(|(k, _)| *k == key) {
+            let record = self.graphs.kept.remove(at);
+            let launched = record.1.launch();
+            self.graphs.kept.push(record);
+            self.calls.replay();
+            return launched.map_err(|e| driver_error("cuGraphLaunch", e));
+        }
+        if !self.graphs.meet(key) {
+            f(self)?;
+            return self.join_transfers();
+        }
+        // A copy begun before must not be waited for inside the record.
+        self.join_transfers()?;
+        match self.record(f)? {
+            Some(graph) => {
+                if self.graphs.kept.len() == GRAPHS {
+                    self.graphs.kept.remove(0);
+                }
+                let launched = graph.launch();
+                self.graphs.kept.push((key, graph));
+                self.calls.replay();
+                launched.map_err(|e| driver_error("cuGraphLaunch", e))
+            }
+            None => {
+                self.graphs.off = true;
+                f(self)?;
+                self.join_transfers()
+            }
+        }
+    }
+
+    /// What `f` launches, without running it. None if the driver cannot record it.
+    fn record(&mut self, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<CudaGraph>> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(|e| driver_error("cuStreamBeginCapture", e))?;
+        self.graphs.recording = true;
+        let ran = f(self).and_then(|()| self.join_transfers());
+        self.graphs.recording = false;
+        let record = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        ran?;
+        self.calls.record();
+        Ok(record.ok().flatten())
+    }
+}

@@ -1,0 +1,55 @@
+//! What this card reaches: the rates that a step is measured against.
+
+use std::time::Instant;
+
+use half::bf16;
+
+use super::Cuda;
+use super::cublas::{matmul, plain};
+use super::ops::gemm::Out;
+use crate::error::Result;
+
+/// Launches of one timing, and timings.
+const LAUNCHES: usize = 10;
+const TIMINGS: usize = 9;
+
+impl Cuda {
+    /// Median seconds of one call of `f`, after a warm-up.
+    fn seconds(&self, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+        let mut times = Vec::with_capacity(TIMINGS);
+        for timing in 0..=TIMINGS {
+            self.synchronize()?;
+            let start = Instant::now();
+            for _ in 0..LAUNCHES {
+                f()?;
+            }
+            self.synchronize()?;
+            if timing > 0 {
+                times.push(start.elapsed().as_secs_f64() / LAUNCHES as f64);
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[TIMINGS / 2])
+    }
+
+    /// FLOP/s of the product (m, k) · (n, k)ᵀ of 16-bit matrices, as the large products of a step run. Buffers of its own.
+    pub fn gemm_rate(&self, m: usize, n: usize, k: usize) -> Result<f64> {
+        // Values that vary: multiplying zeros draws less power and runs faster than weights do.
+        let values = |len: usize| -> Vec<bf16> {
+            let word = |i: usize| (i as u32).wrapping_mul(0x9e37_79b9) >> 8;
+            (0..len).map(|i| bf16::from_f32(word(i) as f32 / (1 << 24) as f32 - 0.5)).collect()
+        };
+        let (a, b) = (self.upload(&values(m * k))?, self.upload(&values(n * k))?);
+        let mut c = self.zeros::<bf16>(m * n)?;
+        let by = self.products();
+        let product = || matmul(self, by, plain(Out::Bf16(c.view_mut()), (a.view(), k), (b.view(), true), (m, n, k)));
+        Ok(2.0 * (m * n) as f64 * k as f64 / self.seconds(product)?)
+    }
+
+    /// Bytes a second that a copy inside device memory reads and writes. Buffers of its own, far larger than any cache.
+    pub fn copy_rate(&self) -> Result<f64> {
+        const BYTES: usize = 512 << 20;
+        let (from, mut to) = (self.zeros::<u8>(BYTES)?, self.zeros::<u8>(BYTES)?);
+        Ok(2.0 * BYTES as f64 / self.seconds(|| self.copy(to.view_mut(), from.view()))?)
+    }
+}
