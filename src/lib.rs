@@ -4,7 +4,8 @@
 //!
 //! | module | what | imports |
 //! |---|---|---|
-//! | [`train`] | the loop, its settings, schedule, metrics, checkpoints, resume | `model`, `data`, `checkpoint` |
+//! | [`train`] | the loop, its settings, schedule, metrics, checkpoints, resume | `model`, `data`, `checkpoint`, `memory` |
+//! | [`memory`] | the plan: every byte, and what each layer keeps, before anything is allocated | `model`, `backend` |
 //! | [`generate`] | KV cache and sampling | `model`, `data` |
 //! | [`model`] | configuration, adapter, and the graph: forward beside backward | `backend` |
 //! | [`backend`] | the op set, a device behind it: `cpu` (f32, the oracle), `cuda` (feature `cuda`) | `nf4` |
@@ -32,6 +33,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod error;
 pub mod generate;
+pub mod memory;
 pub mod model;
 pub mod nf4;
 pub mod rng;

@@ -44,6 +44,8 @@ impl Dtype {
 enum Bytes {
     Owned(Arc<[u8]>),
     Mapped(Arc<Mmap>, Range<usize>),
+    /// The tensor is a shape alone.
+    Unknown,
 }
 
 /// A dense tensor: `shape` elements of `dtype`, row-major, little-endian. Cloning shares the bytes.
@@ -68,6 +70,11 @@ impl HostTensor {
         Self { dtype, shape, bytes: Bytes::Mapped(map, range) }
     }
 
+    /// A tensor of which nothing but dtype and shape is known: for counting. It has no bytes to read.
+    pub fn shape_only(dtype: Dtype, shape: Vec<usize>) -> Self {
+        Self { dtype, shape, bytes: Bytes::Unknown }
+    }
+
     /// An f32 tensor from values.
     pub fn from_f32(shape: Vec<usize>, values: &[f32]) -> Self {
         Self::owned(Dtype::F32, shape, bytemuck::cast_slice(values).to_vec())
@@ -77,6 +84,7 @@ impl HostTensor {
         match &self.bytes {
             Bytes::Owned(b) => b,
             Bytes::Mapped(map, r) => &map[r.clone()],
+            Bytes::Unknown => &[],
         }
     }
 

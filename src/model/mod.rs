@@ -5,6 +5,7 @@ pub mod adapter;
 mod block;
 pub mod config;
 mod linear;
+pub mod shapes;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
