@@ -6,6 +6,7 @@
 mod adamw;
 mod attention;
 mod bench;
+mod bias;
 mod cross_entropy;
 mod decode;
 mod device;
@@ -36,6 +37,7 @@ fn main() {
     trials.extend(device::trials());
     trials.extend(adamw::trials());
     trials.extend(attention::trials());
+    trials.extend(bias::trials());
     trials.extend(cross_entropy::trials());
     trials.extend(decode::trials());
     trials.extend(embedding::trials());
