@@ -432,13 +432,16 @@ template <bool BY_B> cudaError_t launch_spread(Spread &a, int widest, cudaStream
     return cudaGetLastError();
 }
 
-bool is_sound(const LoraGroup &g) {
+// `whole`: the parts fill the columns of h in order. Otherwise they may be some of a group.
+bool is_sound(const LoraGroup &g, bool whole) {
     int r = 0;
-    for (int p = 0; p < g.count; ++p) {
-        if (g.parts[p].r < 1 || g.parts[p].r > LORA_MAX_RANK || g.parts[p].h != r) return false;
-        r += g.parts[p].r;
+    for (int p = 0; p < g.count && p < LORA_MAX_PARTS; ++p) {
+        const LoraPart &part = g.parts[p];
+        if (part.r < 1 || part.r > LORA_MAX_RANK || part.h < 0 || part.h + part.r > g.r) return false;
+        if (whole && part.h != r) return false;
+        r += part.r;
     }
-    return g.count >= 1 && g.count <= LORA_MAX_PARTS && g.r == r;
+    return g.count >= 1 && g.count <= LORA_MAX_PARTS && (!whole || g.r == r);
 }
 
 } // namespace
@@ -466,7 +469,7 @@ static_assert(sizeof(LoraForward) == 200, "as in src/backend/cuda/ffi/lora.rs");
 HALFBYTE_API cudaError_t lora_forward(const LoraForward *args, cudaStream_t stream) {
     const LoraForward &a = *args;
     if (a.t == 0) return cudaSuccess;
-    if (!is_sound(a.group)) return cudaErrorInvalidValue;
+    if (!is_sound(a.group, true)) return cudaErrorInvalidValue;
     const bool dropout = a.dropout.step != nullptr;
     Plan plan(a.group, a.x, a.k, a.t, a.scratch, 0);
     plan.sweep.dropout = a.dropout;
@@ -485,7 +488,7 @@ HALFBYTE_API cudaError_t lora_forward(const LoraForward *args, cudaStream_t stre
 // lora_expand    y[t, part p] += h_p B_pᵀ
 //
 //   y     (T, N)  bf16  +=  columns parts[p].y .. + n
-//   h     (T, R)  bf16      scaled already
+//   h     (T, R)  bf16      scaled already; the parts may be some of those that it holds
 //   lora  (P)     bf16      B_p (n, r) at parts[p].b
 //
 // f32 sums, one rounding of y. Floor: 4 bytes an element of y.
@@ -500,7 +503,7 @@ static_assert(sizeof(LoraExpand) == 160, "as in src/backend/cuda/ffi/lora.rs");
 HALFBYTE_API cudaError_t lora_expand(const LoraExpand *args, cudaStream_t stream) {
     const LoraExpand &a = *args;
     if (a.t == 0) return cudaSuccess;
-    if (!is_sound(a.group)) return cudaErrorInvalidValue;
+    if (!is_sound(a.group, false)) return cudaErrorInvalidValue;
     Spread spread{};
     spread.group = a.group;
     spread.out = a.y;
@@ -539,7 +542,7 @@ static_assert(sizeof(LoraBackward) == 232, "as in src/backend/cuda/ffi/lora.rs")
 HALFBYTE_API cudaError_t lora_backward(const LoraBackward *args, cudaStream_t stream) {
     const LoraBackward &a = *args;
     if (a.t == 0) return cudaSuccess;
-    if (!is_sound(a.group)) return cudaErrorInvalidValue;
+    if (!is_sound(a.group, true)) return cudaErrorInvalidValue;
     constexpr int FUSED = 32; // the highest rank for which dh and dB share a read of dy
     int rank = 0;             // the highest of those
     Plan fused(a.group, a.dy, a.n, a.t, a.scratch, 0);
@@ -604,7 +607,7 @@ HALFBYTE_API cudaError_t lora_backward(const LoraBackward *args, cudaStream_t st
 // lora_backward_x    dx += sum_p dropout'_p(dh_p A_p)
 //
 //   dx    (T, K)  bf16  +=
-//   dh    (T, R)  bf16
+//   dh    (T, R)  bf16        the parts may be some of those that it holds
 //   lora  (P)     bf16  A_p (r, K) at parts[p].a
 //
 // The sum over the parts is in f32, with one rounding of dx. Floor: 4*T*K bytes.
@@ -620,7 +623,7 @@ static_assert(sizeof(LoraBackwardX) == 184, "as in src/backend/cuda/ffi/lora.rs"
 HALFBYTE_API cudaError_t lora_backward_x(const LoraBackwardX *args, cudaStream_t stream) {
     const LoraBackwardX &a = *args;
     if (a.t == 0) return cudaSuccess;
-    if (!is_sound(a.group)) return cudaErrorInvalidValue;
+    if (!is_sound(a.group, false)) return cudaErrorInvalidValue;
     Spread spread{};
     spread.group = a.group;
     spread.dropout = a.dropout;

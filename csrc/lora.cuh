@@ -16,7 +16,7 @@ struct LoraPart {
     uint32_t site;
     int32_t y; // first column in y and dy
     int32_t n;
-    int32_t h; // first column in h and dh: the parts lie side by side from column 0
+    int32_t h; // first column in h and dh
 };
 static_assert(sizeof(LoraPart) == 40, "as in src/backend/cuda/ffi/lora.rs");
 
@@ -25,13 +25,13 @@ struct LoraGroup {
     LoraPart parts[LORA_MAX_PARTS];
     const bf16 *lora; // (P)
     int32_t count;    // of parts, 1..=3
-    int32_t r;        // sum of the parts' r
+    int32_t r;        // columns of h and dh
 };
 static_assert(sizeof(LoraGroup) == 136, "as in src/backend/cuda/ffi/lora.rs");
 
 namespace lora {
 
-// The part whose columns of h hold column j.
+// The part whose columns of h hold column j; the parts lie side by side.
 __host__ __device__ __forceinline__ int part_of(const LoraGroup &g, int j) {
     int p = 0;
     for (int q = 1; q < LORA_MAX_PARTS; ++q)

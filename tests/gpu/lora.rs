@@ -46,6 +46,12 @@ pub fn trials() -> Vec<Trial> {
             trials.push(Trial::test(name("backward_x"), move || backward_x(&Case::new(shape, p)?)));
         }
         trials.push(Trial::test(format!("lora/expand/{}", shape.0), move || expand(&Case::new(shape, 0.0)?)));
+        if shape.3.len() > 2 {
+            let some = move |p| Case::new(shape, p).map(Case::without_the_second_part);
+            let name = |op: &str| format!("lora/{op}/{}_without_the_second_part", shape.0);
+            trials.push(Trial::test(name("expand"), move || expand(&some(0.0)?)));
+            trials.push(Trial::test(name("backward_x"), move || backward_x(&some(0.1)?)));
+        }
     }
     for (k, p) in [(136, 0.05), (136, 0.5), (131, 0.1), (254, 0.3)] {
         trials.push(Trial::test(format!("lora/masks_are_those_of_the_cpu/{k}_{p}"), move || masks(k, p)));
@@ -87,6 +93,12 @@ impl Case {
         let cuda = Cuda::open(0)?;
         let (device_lora, device_x, step) = (cuda.upload(&lora)?, cuda.upload(&x)?, cuda.upload(&[STEP])?);
         Ok(Self { t, k, n: y + gap, r: h, p, parts, lora: wide(&lora), x: wide(&x), device_lora, device_x, step, cuda })
+    }
+
+    /// Its columns stay in h, y and x's gradient, for another op to use.
+    fn without_the_second_part(mut self) -> Self {
+        self.parts.remove(1);
+        self
     }
 
     fn mask(&self) -> Option<DropoutMask<'_>> {

@@ -32,7 +32,7 @@ pub struct LoraPart {
     /// First column in y and dy.
     pub y: usize,
     pub n: usize,
-    /// First column in h and dh: the sum of the ranks of the parts before.
+    /// First column in h and dh. [`lora_forward`] and [`lora_backward`] want the parts side by side from column 0.
     pub h: usize,
 }
 
@@ -58,14 +58,14 @@ pub struct LoraForward<'a> {
     pub parts: &'a [LoraPart],
     pub t: usize,
     pub k: usize,
-    /// Sum of the parts' ranks.
+    /// Width of h: the sum of the parts' ranks.
     pub r: usize,
     pub dropout: Option<DropoutMask<'a>>,
     /// ([`lora_scratch`])
     pub scratch: ViewMut<'a, f32>,
 }
 
-/// `y_p += h_p B_pᵀ`
+/// `y_p += h_p B_pᵀ`. The parts may be some of those that h holds.
 pub struct LoraExpand<'a> {
     /// (t, n) +=
     pub y: ViewMut<'a, bf16>,
@@ -103,7 +103,7 @@ pub struct LoraBackward<'a> {
     pub scratch: ViewMut<'a, f32>,
 }
 
-/// `dx += sum_p dropout'_p(dh_p A_p)`
+/// `dx += sum_p dropout'_p(dh_p A_p)`. The parts may be some of those that dh holds.
 pub struct LoraBackwardX<'a> {
     /// (t, k) +=
     pub dx: ViewMut<'a, bf16>,
@@ -120,7 +120,7 @@ pub struct LoraBackwardX<'a> {
 
 pub fn lora_forward(cuda: &Cuda, a: LoraForward) -> Result<()> {
     const OP: &str = "lora_forward";
-    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), None)?;
+    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), None, true)?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
     check_least(OP, "h", a.h.len(), a.t * a.r)?;
     check_least(OP, "x", a.x.len(), a.t * a.k)?;
@@ -142,7 +142,7 @@ pub fn lora_forward(cuda: &Cuda, a: LoraForward) -> Result<()> {
 
 pub fn lora_expand(cuda: &Cuda, a: LoraExpand) -> Result<()> {
     const OP: &str = "lora_expand";
-    let group = group(cuda, OP, &a.lora, a.parts, a.r, None, Some(a.n))?;
+    let group = group(cuda, OP, &a.lora, a.parts, a.r, None, Some(a.n), false)?;
     check_least(OP, "y", a.y.len(), a.t * a.n)?;
     check_least(OP, "h", a.h.len(), a.t * a.r)?;
     let args = ffi::lora::LoraExpand {
@@ -158,7 +158,7 @@ pub fn lora_expand(cuda: &Cuda, a: LoraExpand) -> Result<()> {
 
 pub fn lora_backward(cuda: &Cuda, a: LoraBackward) -> Result<()> {
     const OP: &str = "lora_backward";
-    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), Some(a.n))?;
+    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), Some(a.n), true)?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
     check_least(OP, "dh", a.dh.len(), a.t * a.r)?;
     check_least(OP, "d_lora", a.d_lora.len(), end(a.parts, Some(a.k), true))?;
@@ -187,7 +187,7 @@ pub fn lora_backward(cuda: &Cuda, a: LoraBackward) -> Result<()> {
 
 pub fn lora_backward_x(cuda: &Cuda, a: LoraBackwardX) -> Result<()> {
     const OP: &str = "lora_backward_x";
-    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), None)?;
+    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), None, false)?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
     check_least(OP, "dx", a.dx.len(), a.t * a.k)?;
     check_least(OP, "dh", a.dh.len(), a.t * a.r)?;
@@ -212,7 +212,8 @@ fn end(parts: &[LoraPart], k: Option<usize>, b: bool) -> usize {
     parts.iter().map(ends).max().unwrap_or(0)
 }
 
-/// Checks the parts. `k`: the op uses the A matrices; `n`: it uses the B matrices and columns of y.
+/// Checks the parts. `k`: the op uses the A matrices; `n`: it uses the B matrices and columns of y; `whole`: the parts
+/// fill the columns of h in order.
 fn group(
     cuda: &Cuda,
     op: &'static str,
@@ -221,6 +222,7 @@ fn group(
     r: usize,
     k: Option<usize>,
     n: Option<usize>,
+    whole: bool,
 ) -> Result<ffi::lora::LoraGroup> {
     if parts.is_empty() || parts.len() > MAX_PARTS {
         return Err(Error::Shape { op, argument: "parts", found: parts.len(), expected: MAX_PARTS });
@@ -239,7 +241,10 @@ fn group(
     for (part, out) in parts.iter().zip(&mut out.parts) {
         check_least(op, "parts (r)", part.r, 1)?;
         check_least(op, "parts (highest r)", MAX_RANK, part.r)?;
-        check(op, "parts (h)", part.h, h)?;
+        if whole {
+            check(op, "parts (h)", part.h, h)?;
+        }
+        check_least(op, "r", r, part.h.saturating_add(part.r))?;
         h += part.r;
         if let Some(n) = n {
             check_least(op, "parts (n)", part.n, 1)?;
@@ -256,7 +261,9 @@ fn group(
             h: part.h as i32,
         };
     }
-    check(op, "r", r, h)?;
+    if whole {
+        check(op, "r", r, h)?;
+    }
     Ok(out)
 }
 
