@@ -3,14 +3,16 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use halfbyte::backend::Batch;
-use halfbyte::checkpoint::ModelDir;
-use halfbyte::data::{self, DataOptions, Overlong, Tokenizer};
+use halfbyte::backend::{Backend, Batch};
+use halfbyte::checkpoint::{ModelDir, QuantConfig};
+use halfbyte::data::{self, DataOptions, Overlong, Row, Tokenizer};
+use halfbyte::model::HostAdapter;
+use halfbyte::train::eval::EvalResult;
 use halfbyte::{Result, train};
 use serde_json::json;
 
 use super::args::{DeviceArgs, QuantizeArgs};
-use super::load;
+use super::load::{self, with_backend};
 use super::output::{self, Out, note, put};
 use super::progress::{Progress, Unit};
 
@@ -112,15 +114,9 @@ pub fn run(args: EvalArgs) -> Result<()> {
     let tokens = train::eval::most_tokens(&rows, args.per_device_eval_batch_size);
     let longest = rows.iter().map(|r| r.batch.tokens.len()).max().unwrap_or(1);
     let capacity = tokens.min(args.max_length.max(longest));
-    let mut model = load::model(&mut backend, &dir, args.quantize.config(), adapter.as_ref(), capacity)?;
-    let mut batch = Batch::new(&mut backend, capacity)?;
-    let mut bar = Progress::new("evaluating", Unit::Count("rows"));
+    let quantize = args.quantize.config();
     let size = args.per_device_eval_batch_size;
-    let result = train::evaluate(&mut backend, &mut model, &mut batch, &rows, size, &mut |done, total| {
-        bar.set(done, total);
-        true
-    })?;
-    bar.finish();
+    let result = with_backend!(&mut backend, |b| evaluate(b, &dir, quantize, adapter.as_ref(), &rows, size, capacity))?;
     // It only stops early when told to.
     let Some(r) = result else { return Ok(()) };
     let mut out = Out::new();
@@ -134,4 +130,25 @@ pub fn run(args: EvalArgs) -> Result<()> {
         put!(out, "rows        {}", output::grouped(r.rows))?;
     }
     out.flush()
+}
+
+/// Loads the model and runs the rows through it, with bars.
+fn evaluate<B: Backend>(
+    backend: &mut B,
+    dir: &ModelDir,
+    quantize: Option<QuantConfig>,
+    adapter: Option<&HostAdapter>,
+    rows: &[Row],
+    batch_size: usize,
+    capacity: usize,
+) -> Result<Option<EvalResult>> {
+    let mut model = load::model(backend, dir, quantize, adapter, capacity)?;
+    let mut batch = Batch::new(backend, capacity)?;
+    let mut bar = Progress::new("evaluating", Unit::Count("rows"));
+    let result = train::evaluate(backend, &mut model, &mut batch, rows, batch_size, &mut |done, total| {
+        bar.set(done, total);
+        true
+    })?;
+    bar.finish();
+    Ok(result)
 }

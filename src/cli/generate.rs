@@ -11,7 +11,7 @@ use halfbyte::{Error, Result};
 use serde_json::json;
 
 use super::args::{DeviceArgs, QuantizeArgs};
-use super::load;
+use super::load::{self, with_backend};
 use super::output::{Out, note};
 
 #[derive(Args, Debug)]
@@ -105,13 +105,17 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         return Err(Error::flag("--prompt", "no tokens", "a text of at least one token"));
     }
     let sampling = Sampling { max_new_tokens: room(&ids, args.max_new_tokens, &dir)?, ..sampling };
-    let mut model = load::model(&mut backend, &dir, args.quantize.config(), adapter.as_ref(), ids.len().min(PREFILL))?;
     let mut out = Out::new();
     let mut failed = None;
-    let made = generate::generate(&mut backend, &mut model, &tokenizer, &ids, &sampling, &mut |text| {
+    let mut on_text = |text: &str| {
         if !args.json && failed.is_none() {
             failed = out.text(text).err();
         }
+    };
+    let (quantize, chunk) = (args.quantize.config(), ids.len().min(PREFILL));
+    let made = with_backend!(&mut backend, |b| {
+        let mut model = load::model(b, &dir, quantize, adapter.as_ref(), chunk)?;
+        generate::generate(b, &mut model, &tokenizer, &ids, &sampling, &mut on_text)
     })?;
     if let Some(e) = failed {
         return Err(e);

@@ -56,6 +56,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
 
 fn facts() -> Value {
     let cuda = cuda();
+    let (picked, why) = super::load::auto();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "features": if cfg!(feature = "cuda") { vec!["cuda"] } else { vec![] },
@@ -63,8 +64,8 @@ fn facts() -> Value {
         "memory": { "total_bytes": meminfo("MemTotal:"), "available_bytes": meminfo("MemAvailable:") },
         "cuda": cuda,
         "backend": {
-            "picked": "cpu",
-            "why": super::load::CPU_ONLY,
+            "picked": picked,
+            "why": why,
         },
     })
 }
@@ -96,7 +97,7 @@ fn simd() -> Vec<&'static str> {
 }
 
 /// Bytes of a line of /proc/meminfo; None where there is no such file.
-fn meminfo(key: &str) -> Option<u64> {
+pub(super) fn meminfo(key: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let kib: u64 = text.lines().find_map(|l| l.strip_prefix(key))?.split_whitespace().next()?.parse().ok()?;
     Some(kib * 1024)

@@ -1,9 +1,11 @@
-//! Picks the device and loads a model on it, with a bar.
+//! Picks the device, and loads a model on it with a bar.
 
 use std::path::Path;
 
 use halfbyte::backend::Backend;
 use halfbyte::backend::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use halfbyte::backend::cuda::Cuda;
 use halfbyte::checkpoint::{ModelDir, QuantConfig, peft};
 use halfbyte::model::{HostAdapter, Model, ModelOptions};
 use halfbyte::nf4::QuantType;
@@ -12,26 +14,72 @@ use halfbyte::{Error, Result};
 use super::args::{BnbArgs, Device, DeviceArgs, QuantTypeArg, QuantizeArgs};
 use super::progress::{Progress, Unit};
 
-/// Why `auto` means the CPU; the same words in `info` and in the error of `--device cuda`.
-pub const CPU_ONLY: &str = "training and generation run on the CPU backend; of the CUDA backend this version has the NF4 \
-                            kernels alone";
-
 /// More threads than any machine has cores are a slip of the finger, and the system would refuse to start them.
 const MAX_THREADS: usize = 4096;
 
-/// The backend of `--device` and `--threads`. Errors: a device that cannot run the graph.
-pub fn backend(device: Device, threads: Option<usize>) -> Result<Cpu> {
+/// The device that a command computes on. [`with_backend!`] runs code that is generic over it.
+pub enum Picked {
+    Cpu(Box<Cpu>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<Cuda>),
+}
+
+/// `with_backend!(picked, |backend| expression)`: the expression once for each kind of device, `backend` borrowed mutably.
+macro_rules! with_backend {
+    ($picked:expr, |$backend:ident| $body:expr) => {
+        match $picked {
+            $crate::cli::load::Picked::Cpu(picked) => {
+                let $backend = &mut **picked;
+                $body
+            }
+            #[cfg(feature = "cuda")]
+            $crate::cli::load::Picked::Cuda(picked) => {
+                let $backend = &mut **picked;
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_backend;
+
+/// The device of `--device` and `--threads`: `auto` is the first GPU where this build can use it, else the CPU.
+/// Errors: [`Error::Unavailable`] with the reason where `cuda` was asked for by name.
+pub fn backend(device: Device, threads: Option<usize>) -> Result<Picked> {
     if let Some(n) = threads.filter(|n| !(1..=MAX_THREADS).contains(n)) {
         return Err(Error::flag("threads", n.to_string(), format!("a whole number from 1 to {MAX_THREADS}")));
     }
-    match device {
-        Device::Auto | Device::Cpu => Ok(Cpu::new(threads)),
-        Device::Cuda => Err(Error::Unavailable { what: "--device cuda".into(), why: CPU_ONLY.into() }),
+    let cpu = || Picked::Cpu(Box::new(Cpu::new(threads)));
+    match (device, cuda()) {
+        (Device::Cpu, _) | (Device::Auto, Err(Error::Unavailable { .. })) => Ok(cpu()),
+        (_, Ok(picked)) => Ok(picked),
+        (Device::Cuda, Err(Error::Unavailable { why, .. })) => {
+            Err(Error::Unavailable { what: "--device cuda".into(), why })
+        }
+        (_, Err(error)) => Err(error),
     }
 }
 
+/// What `--device auto` means on this machine, and why: (name, reason).
+pub fn auto() -> (&'static str, String) {
+    match cuda() {
+        Ok(_) => ("cuda", "GPU 0 is usable; --device cpu takes the CPU".into()),
+        Err(Error::Unavailable { why, .. }) => ("cpu", why),
+        Err(error) => ("cpu", error.to_string()),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Result<Picked> {
+    Ok(Picked::Cuda(Box::new(Cuda::open(0)?)))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Result<Picked> {
+    Err(Error::Unavailable { what: "CUDA".into(), why: "this program was built without the feature cuda".into() })
+}
+
 impl DeviceArgs {
-    pub fn backend(&self) -> Result<Cpu> {
+    pub fn backend(&self) -> Result<Picked> {
         backend(self.device, self.threads)
     }
 }

@@ -12,7 +12,7 @@ use halfbyte::model::HostAdapter;
 use serde_json::json;
 
 use super::args::{DeviceArgs, OutArgs};
-use super::load;
+use super::load::{self, with_backend};
 use super::output::{self, Out, put};
 use super::progress::{Progress, Unit};
 
@@ -71,7 +71,7 @@ pub fn run(args: MergeArgs) -> Result<()> {
     bar.finish();
     let probe = match args.no_probe {
         true => None,
-        false => Some(probe(&mut backend, &base, &adapter, &args.out.out)?),
+        false => Some(with_backend!(&mut backend, |b| probe(b, &base, &adapter, &args.out.out))?),
     };
     let mut out = Out::new();
     if args.json {

@@ -1,6 +1,7 @@
 //! The commands, a file each. A command answers a [`halfbyte::Result`]; only [`main`] turns it into text and exit code.
 
 mod args;
+mod bench;
 mod eval;
 mod generate;
 mod info;
@@ -52,6 +53,8 @@ enum Command {
     Merge(merge::MergeArgs),
     /// Show what a directory holds: settings, tensors, dtypes, bits a weight, bytes
     Inspect(inspect::InspectArgs),
+    /// Time training on this machine
+    Bench(bench::BenchArgs),
     /// Show version, devices, and which backend is picked and why
     Info(info::InfoArgs),
 }
@@ -65,6 +68,7 @@ impl Command {
             Self::Quantize(a) => quantize::run(a),
             Self::Merge(a) => merge::run(a),
             Self::Inspect(a) => inspect::run(a),
+            Self::Bench(a) => bench::run(a),
             Self::Info(a) => info::run(a),
         }
     }

@@ -9,7 +9,7 @@ use halfbyte::train::{self, interrupt};
 use halfbyte::{Error, Result};
 
 use super::args::Device;
-use super::load;
+use super::load::{self, with_backend};
 use super::output::{self, Out, put};
 use super::run_file::{KeyFlags, Settings};
 use super::term_ui::TermUi;
@@ -54,7 +54,8 @@ pub fn run(args: TrainArgs) -> Result<()> {
         true => Box::new(TermUi::new(stop)),
         false => Box::new(PlainUi::new(io::stderr(), Some(stop))),
     };
-    let outcome = train::run(&mut backend, config, ui.as_mut()).map_err(|e| settings.locate(e))?;
+    let outcome =
+        with_backend!(&mut backend, |b| train::run(b, config, ui.as_mut())).map_err(|e| settings.locate(e))?;
     drop(ui);
     if outcome.interrupted {
         return Ok(());

@@ -56,13 +56,17 @@ fn find(root: &Path) -> Result<Vec<Trial>, Failed> {
         if name == "nf4" {
             trials.extend(nf4::cases(&root.join("nf4"))?);
         } else if name.contains("-nf4-") {
-            trials.extend(model::four_bit_cases::<OnCpu>(root, &name)?);
+            trials.extend(named(model::four_bit_cases::<OnCpu>(root, &name)?));
         } else if name.ends_with("-lora") {
-            trials.extend(model::lora_cases::<OnCpu>(root, &name)?);
+            trials.extend(named(model::lora_cases::<OnCpu>(root, &name)?));
         }
     }
     if trials.is_empty() {
         return Err(format!("{}: no case found", root.display()).into());
     }
     Ok(trials)
+}
+
+fn named(cases: model::Cases) -> impl Iterator<Item = Trial> {
+    cases.into_iter().map(|(name, run)| Trial::test(name, run))
 }

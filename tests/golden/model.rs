@@ -12,7 +12,7 @@ use halfbyte::checkpoint::{QuantConfig, peft};
 use halfbyte::model::{AdamwSettings, AdapterLayout, HostAdapter, Model, ModelOptions, WeightSource};
 use halfbyte::nf4::{Absmax, QuantType};
 use halfbyte::tensor::{Dtype, HostMatrix};
-use libtest_mimic::{Failed, Trial};
+use libtest_mimic::Failed;
 use serde_json::Value;
 
 use crate::files::{Fixture, near, near_l2, same_bits, same_bytes};
@@ -48,6 +48,10 @@ const NESTED_OFFSET: f64 = 1e-6;
 
 const NF4: QuantConfig = QuantConfig { quant_type: QuantType::Nf4, double_quant: true };
 
+/// Name and body of a test.
+pub type Cases = Vec<(String, Run)>;
+pub type Run = Box<dyn FnOnce() -> Result<(), Failed> + Send>;
+
 type Check<D> = fn(&Case<D>) -> Result<(), Failed>;
 
 /// A `NAME-lora` folder, or a `NAME-nf4-TAG` folder with the `NAME-lora` folder that tells what it must give.
@@ -62,7 +66,7 @@ struct Case<D> {
 }
 
 /// The tests of `root/NAME-lora`.
-pub fn lora_cases<D: Device>(root: &Path, folder: &str) -> Result<Vec<Trial>, Failed> {
+pub fn lora_cases<D: Device>(root: &Path, folder: &str) -> Result<Cases, Failed> {
     let lora = root.join(folder);
     let name = folder.strip_suffix("-lora").ok_or("a folder NAME-lora")?;
     let case =
@@ -78,7 +82,7 @@ pub fn lora_cases<D: Device>(root: &Path, folder: &str) -> Result<Vec<Trial>, Fa
 }
 
 /// The tests of `root/NAME-nf4-TAG`.
-pub fn four_bit_cases<D: Device>(root: &Path, folder: &str) -> Result<Vec<Trial>, Failed> {
+pub fn four_bit_cases<D: Device>(root: &Path, folder: &str) -> Result<Cases, Failed> {
     let (name, tag) = folder.split_once("-nf4-").ok_or("a folder NAME-nf4-TAG")?;
     let lora = root.join(format!("{name}-lora"));
     let tag = Some(tag.to_owned());
@@ -91,10 +95,11 @@ pub fn four_bit_cases<D: Device>(root: &Path, folder: &str) -> Result<Vec<Trial>
     Ok(trials(folder, Arc::new(case), checks))
 }
 
-fn trials<D: Device>(folder: &str, case: Arc<Case<D>>, checks: Vec<(&str, Check<D>)>) -> Vec<Trial> {
+fn trials<D: Device>(folder: &str, case: Arc<Case<D>>, checks: Vec<(&str, Check<D>)>) -> Cases {
     let trial = |(name, check): (&str, Check<D>)| {
         let case = case.clone();
-        Trial::test(format!("{folder}/{name}"), move || check(&case))
+        let run: Run = Box::new(move || check(&case));
+        (format!("{folder}/{name}"), run)
     };
     checks.into_iter().map(trial).collect()
 }

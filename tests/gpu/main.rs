@@ -6,21 +6,27 @@
 mod adamw;
 mod attention;
 mod bench;
-mod bias;
 mod cross_entropy;
 mod decode;
 mod device;
 mod embedding;
+#[path = "../golden/files.rs"]
+mod files;
 mod gemm;
+#[path = "../golden/model.rs"]
+mod golden;
 mod grad_norm;
 mod head_norm;
 mod lora;
+mod model;
 mod nf4;
 mod nf4_gemm;
 mod rmsnorm;
 mod rope;
 mod support;
 mod swiglu;
+#[path = "../properties/tiny.rs"]
+mod tiny;
 
 use std::path::{Path, PathBuf};
 
@@ -35,9 +41,9 @@ fn main() {
     };
     let mut trials = nf4::trials(&root.join("nf4"));
     trials.extend(device::trials());
+    trials.extend(model::trials(&root));
     trials.extend(adamw::trials());
     trials.extend(attention::trials());
-    trials.extend(bias::trials());
     trials.extend(cross_entropy::trials());
     trials.extend(decode::trials());
     trials.extend(embedding::trials());

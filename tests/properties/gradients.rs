@@ -46,7 +46,7 @@ fn norm(x: &[f32]) -> f64 {
 }
 
 fn loss_at(engine: &mut Engine, weights: &[f32], batch: &[HostBatch], dropout: Option<Dropout>) -> f32 {
-    engine.model.write_adapter(&mut engine.cpu, weights).expect("room for the adapter");
+    engine.model.write_adapter(&mut engine.backend, weights).expect("room for the adapter");
     engine.step(batch, dropout).loss
 }
 

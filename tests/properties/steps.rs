@@ -151,11 +151,11 @@ fn decoding_with_a_cache_gives_the_logits_of_the_whole_sequence() {
         let mut engine = Engine::new(&config, Some(&adapter(&config, "all-linear")), &[]);
         let host = sequence(&config, 8, 19, 0);
         let (v, whole) = (config.vocab_size, engine.logits(&host));
-        let mut cache = engine.model.new_cache(&mut engine.cpu, 19).expect("a cache");
+        let mut cache = engine.model.new_cache(&mut engine.backend, 19).expect("a cache");
         let mut start = 0;
         for n in [5, 1, 1, 7, 1, 4] {
             let tokens = &host.tokens[start..start + n];
-            let logits = engine.model.decode(&mut engine.cpu, &mut cache, tokens).expect("decode");
+            let logits = engine.model.decode(&mut engine.backend, &mut cache, tokens).expect("decode");
             start += n;
             let expected = &whole[(start - 1) * v..start * v];
             assert!(distance(&logits, expected) < ROUNDING, "after {start}: {:e}", distance(&logits, expected));
@@ -173,7 +173,10 @@ fn adamw_once(w: f32, g: f32, clip: f64, lr: f64, wd: f64) -> f64 {
 
 fn new_optimizer(engine: &mut Engine, kind: OptimKind, adapter: &HostAdapter) -> Optimizer {
     let tensors = adapter.layout.tensor_lens();
-    engine.cpu.new_optimizer(NewOptimizer { kind, init: &adapter.weights, tensors: &tensors }).expect("an optimizer")
+    engine
+        .backend
+        .new_optimizer(NewOptimizer { kind, init: &adapter.weights, tensors: &tensors })
+        .expect("an optimizer")
 }
 
 #[test]
@@ -191,8 +194,8 @@ fn one_step_of_adamw_matches_the_formula_with_the_clip_active_and_not() {
             ParamGroup { range: half..len, lr: 4e-3, weight_decay: 0.0 },
         ];
         let settings = AdamwSettings { groups, beta1: 0.9, beta2: 0.999, eps: 1e-8, max_grad_norm, step: 1 };
-        engine.model.optimizer_step(&mut engine.cpu, &mut state, &settings).expect("a step");
-        let trained = engine.cpu.read_optimizer(&state).expect("its state").master;
+        engine.model.optimizer_step(&mut engine.backend, &mut state, &settings).expect("a step");
+        let trained = engine.backend.read_optimizer(&state).expect("its state").master;
         let clip = match f64::from(max_grad_norm) / (f64::from(step.norm) + 1e-6) {
             coefficient if max_grad_norm > 0.0 => coefficient.min(1.0),
             _ => 1.0,
@@ -204,7 +207,7 @@ fn one_step_of_adamw_matches_the_formula_with_the_clip_active_and_not() {
             // The bits of the first moment of a vanishing gradient are lost against eps: an absolute bound.
             assert!((f64::from(trained) - expected).abs() < 1e-6, "weight {i}: {trained} against {expected}");
         }
-        assert_eq!(engine.model.read_grads(&mut engine.cpu).expect("gradients"), step.grads, "left as they are");
+        assert_eq!(engine.model.read_grads(&mut engine.backend).expect("gradients"), step.grads, "left as they are");
     }
 }
 
@@ -219,11 +222,11 @@ fn the_working_copy_follows_the_optimizer() {
         losses.push(engine.step(&four(), None).loss);
         let groups = vec![ParamGroup { range: 0..adapter.layout.len, lr: 5e-3, weight_decay: 0.0 }];
         let settings = AdamwSettings { groups, beta1: 0.9, beta2: 0.999, eps: 1e-8, max_grad_norm: 1.0, step };
-        engine.model.optimizer_step(&mut engine.cpu, &mut state, &settings).expect("a step");
+        engine.model.optimizer_step(&mut engine.backend, &mut state, &settings).expect("a step");
     }
     assert!(losses[9] < 0.7 * losses[0], "{losses:?}");
-    let trained = engine.cpu.read_optimizer(&state).expect("its state").master;
+    let trained = engine.backend.read_optimizer(&state).expect("its state").master;
     let after = engine.step(&four(), None);
-    engine.model.write_adapter(&mut engine.cpu, &trained).expect("room for the adapter");
+    engine.model.write_adapter(&mut engine.backend, &trained).expect("room for the adapter");
     assert_eq!(after, engine.step(&four(), None), "the master weights, as the CPU keeps them in f32");
 }

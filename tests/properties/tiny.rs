@@ -1,7 +1,7 @@
-//! Small random models on the CPU backend: no file involved.
+//! Small random models, on the CPU unless a test brings another backend: no file involved.
 
 use halfbyte::backend::cpu::Cpu;
-use halfbyte::backend::{Batch, Dropout, HostBatch, IGNORE};
+use halfbyte::backend::{Backend, Batch, Dropout, HostBatch, IGNORE};
 use halfbyte::checkpoint::QuantConfig;
 use halfbyte::error::Result;
 use halfbyte::model::{
@@ -145,10 +145,12 @@ pub fn row(sequences: &[&HostBatch]) -> HostBatch {
     all
 }
 
+const NF4: QuantConfig = QuantConfig { quant_type: QuantType::Nf4, double_quant: true };
+
 /// A loaded model and its device.
-pub struct Engine {
-    pub cpu: Cpu,
-    pub model: Model<Cpu>,
+pub struct Engine<B: Backend = Cpu> {
+    pub backend: B,
+    pub model: Model<B>,
 }
 
 /// What one step gave.
@@ -161,8 +163,7 @@ pub struct Step {
 
 impl Engine {
     pub fn new(config: &ModelConfig, adapter: Option<&HostAdapter>, layers: &[LayerPlan]) -> Self {
-        let nf4 = QuantConfig { quant_type: QuantType::Nf4, double_quant: true };
-        Self::load(config, adapter, layers, Some(nf4))
+        Self::on(Cpu::new(Some(2)), config, adapter, layers, Some(NF4))
     }
 
     pub fn load(
@@ -171,44 +172,56 @@ impl Engine {
         layers: &[LayerPlan],
         quantize: Option<QuantConfig>,
     ) -> Self {
-        let mut cpu = Cpu::new(Some(2));
+        Self::on(Cpu::new(Some(2)), config, adapter, layers, quantize)
+    }
+}
+
+impl<B: Backend> Engine<B> {
+    /// `quantize` None: the projections stay in f32.
+    pub fn on(
+        mut backend: B,
+        config: &ModelConfig,
+        adapter: Option<&HostAdapter>,
+        layers: &[LayerPlan],
+        quantize: Option<QuantConfig>,
+    ) -> Self {
         let mut source = RandomWeights { config, quantize };
         let options = ModelOptions { max_tokens: 96, train: adapter.is_some(), layers: layers.to_vec() };
-        let model = Model::load(&mut cpu, config, &mut source, adapter, options, &mut |_| ()).expect("a model");
-        Self { cpu, model }
+        let model = Model::load(&mut backend, config, &mut source, adapter, options, &mut |_| ()).expect("a model");
+        Self { backend, model }
     }
 
-    pub fn batch(&mut self, host: &HostBatch, targets: usize) -> Batch<Cpu> {
-        let mut batch = Batch::new(&mut self.cpu, host.tokens.len()).expect("a batch");
-        batch.fill(&mut self.cpu, host, 1.0 / targets as f32).expect("room for the batch");
+    pub fn batch(&mut self, host: &HostBatch, targets: usize) -> Batch<B> {
+        let mut batch = Batch::new(&mut self.backend, host.tokens.len()).expect("a batch");
+        batch.fill(&mut self.backend, host, 1.0 / targets as f32).expect("room for the batch");
         batch
     }
 
     /// One optimizer step's loss and gradients over micro-batches; micro-batch i has dropout step `first + i`.
     pub fn step(&mut self, micro_batches: &[HostBatch], dropout: Option<Dropout>) -> Step {
         let targets = micro_batches.iter().map(HostBatch::target_count).sum();
-        self.model.zero_grad(&mut self.cpu).expect("zero_grad");
+        self.model.zero_grad(&mut self.backend).expect("zero_grad");
         for (i, host) in micro_batches.iter().enumerate() {
             let batch = self.batch(host, targets);
             let dropout = dropout.map(|d| Dropout { step: d.step + i as u32, ..d });
-            self.model.loss_and_grad(&mut self.cpu, &batch, dropout).expect("loss_and_grad");
+            self.model.loss_and_grad(&mut self.backend, &batch, dropout).expect("loss_and_grad");
         }
-        let (loss, norm) = self.model.read_loss_and_norm(&mut self.cpu).expect("read_loss_and_norm");
-        Step { loss, norm, grads: self.model.read_grads(&mut self.cpu).expect("read_grads") }
+        let (loss, norm) = self.model.read_loss_and_norm(&mut self.backend).expect("read_loss_and_norm");
+        Step { loss, norm, grads: self.model.read_grads(&mut self.backend).expect("read_grads") }
     }
 
     /// Mean loss of evaluation.
     pub fn loss(&mut self, host: &HostBatch) -> f32 {
-        self.model.zero_grad(&mut self.cpu).expect("zero_grad");
+        self.model.zero_grad(&mut self.backend).expect("zero_grad");
         let batch = self.batch(host, host.target_count());
-        self.model.loss(&mut self.cpu, &batch).expect("loss");
-        self.model.read_loss(&mut self.cpu).expect("read_loss")
+        self.model.loss(&mut self.backend, &batch).expect("loss");
+        self.model.read_loss(&mut self.backend).expect("read_loss")
     }
 
     pub fn logits(&mut self, host: &HostBatch) -> Vec<f32> {
         let rows: Vec<usize> = (0..host.tokens.len()).collect();
         let batch = self.batch(host, 1);
-        self.model.logits(&mut self.cpu, &batch, &rows).expect("logits")
+        self.model.logits(&mut self.backend, &batch, &rows).expect("logits")
     }
 }
 

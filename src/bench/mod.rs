@@ -1,0 +1,4 @@
+//! What `halfbyte bench` and `cargo bench` measure. The timings are printed and kept by the command line; here is the work.
+
+pub mod random_weights;
+pub mod step;

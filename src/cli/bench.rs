@@ -1,0 +1,353 @@
+//! `halfbyte bench`: how fast this machine trains.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use halfbyte::backend::Backend;
+use halfbyte::bench::step::{self, Report, Spec};
+use halfbyte::memory::{self, Card, Mode, Plan, Request};
+use halfbyte::model::shapes::{self, Format};
+use halfbyte::model::{HostAdapter, Keep, LayerPlan, LoraConfig, ModelConfig, ModelOptions, TargetModules};
+use halfbyte::train::TrainConfig;
+use halfbyte::{Error, Result};
+use serde_json::{Value, json};
+
+use super::args::DeviceArgs;
+use super::info::meminfo;
+use super::load::{Picked, with_backend};
+use super::output::{Out, put};
+use super::progress::{Progress, Unit};
+
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// Time whole training steps of a well-known model's shape, with random weights
+    Step(Box<StepArgs>),
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  halfbyte bench step --shape mistral-7b --batch 4 --length 2048
+  halfbyte bench step --shape mistral-7b --length 8192 --memory 24GiB --csv steps.csv
+  halfbyte bench step --shape smollm2-135m --length 512 --device cpu
+
+A step is one micro-batch forward and backward, the gradient norm and the update; LoRA on all seven projections. The
+bound is the time of the matrix products alone at the rate that the largest of them reached in this run.")]
+struct StepArgs {
+    /// Model whose shape it is
+    #[arg(long, value_name = "NAME", default_value = "mistral-7b", value_parser = clap::builder::PossibleValuesParser::new(shapes::SHAPES))]
+    shape: String,
+
+    /// Sequences of a step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    batch: usize,
+
+    /// Tokens of a sequence
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least_one)]
+    length: usize,
+
+    /// Device memory that the run may take, optimizer included, e.g. 24GiB [default: what the card has free]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<String>,
+
+    /// true: keep only each layer's input; false: keep everything [default: the fastest that fits]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    gradient_checkpointing: Option<bool>,
+
+    /// Rank of the LoRA matrices
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    r: usize,
+
+    /// LoRA dropout
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    lora_dropout: f32,
+
+    /// Optimizer, as in the run file
+    #[arg(long, value_name = "NAME", default_value = "paged_adamw_32bit")]
+    optim: String,
+
+    /// Steps that are timed
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least_one)]
+    steps: usize,
+
+    /// Steps before them
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    warm_up: usize,
+
+    /// Append a row to this file
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
+}
+
+pub fn run(args: BenchArgs) -> Result<()> {
+    match args.what {
+        What::Step(args) => step(&args),
+    }
+}
+
+/// What is known of the device beside its backend.
+struct Machine {
+    name: String,
+    card: Option<Card>,
+    /// FLOP/s that the largest product reaches; None on the CPU.
+    rate: Option<f64>,
+}
+
+fn step(args: &StepArgs) -> Result<()> {
+    if !(0.0..1.0).contains(&args.lora_dropout) {
+        return Err(Error::flag("--lora-dropout", args.lora_dropout.to_string(), "a number from 0 to below 1"));
+    }
+    let config = shapes::shape(&args.shape).ok_or_else(|| {
+        Error::flag("--shape", format!("{:?}", args.shape), format!("one of {}", shapes::SHAPES.join(", ")))
+    })?;
+    let mut picked = args.device.backend()?;
+    let machine = machine(&mut picked, args, &config)?;
+    let (plan, report) = with_backend!(&mut picked, |b| measure(b, &config, args, &machine))?;
+    let row = row(args, &config, &machine, plan.as_ref(), &report);
+    if let Some(path) = &args.csv {
+        append(path, &row)?;
+    }
+    let mut out = Out::new();
+    if args.json {
+        out.json(&row)?;
+        return out.flush();
+    }
+    let number = |key: &str| row[key].as_f64().unwrap_or(f64::NAN);
+    put!(
+        out,
+        "{}: {} × {} tokens of {}, r = {}, {}",
+        machine.name,
+        args.batch,
+        args.length,
+        args.shape,
+        args.r,
+        args.optim
+    )?;
+    put!(
+        out,
+        "  step        {:.1} ms ({:.1} to {:.1} of {} steps)",
+        number("ms"),
+        number("ms_min"),
+        number("ms_max"),
+        args.steps
+    )?;
+    put!(out, "  speed       {:.0} tokens/s", number("tokens_per_second"))?;
+    if machine.rate.is_some() {
+        put!(
+            out,
+            "  bound       {:.1} % of {:.0} tokens/s (products alone at {:.0} TFLOP/s)",
+            number("percent_of_bound"),
+            number("bound_tokens_per_second"),
+            number("tflops_ceiling")
+        )?;
+    }
+    if let Some(plan) = &plan {
+        put!(
+            out,
+            "  memory      {} in the arena, {} optimizer, {} on the host",
+            memory::size(plan.device_bytes),
+            memory::size(plan.optimizer_bytes),
+            memory::size(plan.host_bytes)
+        )?;
+        put!(
+            out,
+            "              planned {}, the driver counts {}",
+            memory::size(plan.total()),
+            row["driver_bytes"].as_u64().map_or("nothing".into(), |b| memory::size(b as usize))
+        )?;
+        put!(out, "  layers      {}", row["layers"].as_str().unwrap_or_default())?;
+    }
+    put!(
+        out,
+        "  loss {:.4}, gradient norm {:.4}; weights and buffers in {:.1} s",
+        report.loss,
+        report.grad_norm,
+        report.load_seconds
+    )?;
+    out.flush()
+}
+
+#[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "asking a GPU can fail"))]
+fn machine(picked: &mut Picked, args: &StepArgs, config: &ModelConfig) -> Result<Machine> {
+    match picked {
+        Picked::Cpu(cpu) => Ok(Machine { name: cpu.describe(), card: None, rate: None }),
+        #[cfg(feature = "cuda")]
+        Picked::Cuda(cuda) => {
+            let device = cuda.device();
+            let (name, card) = (device.name.clone(), *Card::of_device(&device.name, device.memory));
+            let tokens = (args.batch * args.length).clamp(8192, 16_384);
+            let rate = cuda.gemm_rate(tokens, config.intermediate_size, config.hidden_size)?;
+            Ok(Machine { name, card: Some(card), rate: Some(rate) })
+        }
+    }
+}
+
+fn measure<B: Backend>(
+    backend: &mut B,
+    config: &ModelConfig,
+    args: &StepArgs,
+    machine: &Machine,
+) -> Result<(Option<Plan>, Report)> {
+    let optim = TrainConfig { optim: args.optim.clone(), ..TrainConfig::default() }.optim_kind()?;
+    let lora = LoraConfig {
+        r: args.r,
+        lora_alpha: 2.0 * args.r as f64,
+        lora_dropout: args.lora_dropout,
+        target_modules: TargetModules::Pattern("all-linear".into()),
+        rank_pattern: vec![],
+        alpha_pattern: vec![],
+        use_rslora: false,
+    };
+    let mut adapter = HostAdapter::init(lora, config, 1)?;
+    // B starts at zero, and half of the gradients with it; random values cost the same as trained ones.
+    for site in &adapter.layout.sites.clone() {
+        let a = adapter.weights[site.a_range()].to_vec();
+        adapter.weights[site.b_range()].iter_mut().zip(a.iter().cycle()).for_each(|(b, a)| *b = 0.1 * a);
+    }
+    let tokens = args.batch * args.length;
+    let free = backend.free_memory()?;
+    let plan = match machine.card {
+        None => None,
+        Some(card) => {
+            let format = |name: &str| match name.contains("embed_tokens") || name.contains("lm_head") {
+                true => Format::Dense,
+                false => Format::FourBit { double_quant: true },
+            };
+            let device = match &args.memory {
+                Some(text) => memory::parse_size("--memory", text)?,
+                None => memory::default_budget(free, &card),
+            };
+            Some(memory::plan(&Request {
+                config,
+                format: &format,
+                adapter: &adapter,
+                optim,
+                tokens,
+                sequences: args.batch,
+                card,
+                device,
+                // What can be pinned without starving the rest of the machine.
+                host: meminfo("MemAvailable:").unwrap_or(0) as usize / 2,
+                mode: Mode::of(args.gradient_checkpointing),
+            })?)
+        }
+    };
+    let layers = match &plan {
+        Some(plan) => {
+            backend.reserve(plan.device_bytes)?;
+            plan.layers.clone()
+        }
+        None => {
+            let keep = if args.gradient_checkpointing == Some(true) { Keep::Input } else { Keep::All };
+            vec![LayerPlan { keep, host: false }; config.num_hidden_layers]
+        }
+    };
+    let spec = Spec {
+        config,
+        adapter: &adapter,
+        batch: args.batch,
+        length: args.length,
+        options: ModelOptions { max_tokens: tokens, train: true, layers },
+        optim,
+        dropout: args.lora_dropout,
+        steps: args.steps,
+        warm_up: args.warm_up,
+    };
+    let mut bar = Progress::new(format!("{} × {}", args.batch, args.length), Unit::Count("steps"));
+    let report = step::run(backend, &spec, free, &mut |done, all| bar.set(done as u64, all as u64))?;
+    bar.finish();
+    Ok((plan, report))
+}
+
+/// "28 × all, 4 × input on the host": the layers' choices from the bottom up.
+fn describe(layers: &[LayerPlan]) -> String {
+    let same = layers.chunk_by(|a, b| a == b);
+    let one = |run: &[LayerPlan]| {
+        let keep = format!("{:?}", run[0].keep).to_lowercase();
+        format!("{} × {keep}{}", run.len(), if run[0].host { " on the host" } else { "" })
+    };
+    same.map(one).collect::<Vec<_>>().join("; ")
+}
+
+/// The row of the CSV and the JSON object.
+fn row(args: &StepArgs, config: &ModelConfig, machine: &Machine, plan: Option<&Plan>, report: &Report) -> Value {
+    let tokens = (args.batch * args.length) as f64;
+    let median = report.median();
+    let recompute = args.gradient_checkpointing == Some(true);
+    let flops = step::flops(config, report.trainable, args.batch, args.length, recompute);
+    let bound = machine.rate.map(|rate| tokens / (flops / rate));
+    let mode = match args.gradient_checkpointing {
+        None => "auto",
+        Some(true) => "true",
+        Some(false) => "false",
+    };
+    let times = &report.seconds;
+    json!({
+        "date": chrono::Local::now().format("%Y-%m-%d").to_string(),
+        "card": machine.name,
+        "commit": std::env::var("HALFBYTE_COMMIT").unwrap_or_default(),
+        "shape": args.shape,
+        "batch": args.batch,
+        "length": args.length,
+        "gradient_checkpointing": mode,
+        "memory": args.memory.clone().unwrap_or_default(),
+        "r": args.r,
+        "lora_dropout": args.lora_dropout,
+        "optim": args.optim,
+        "steps": args.steps,
+        "ms": median * 1e3,
+        "ms_min": times[0] * 1e3,
+        "ms_max": times[times.len() - 1] * 1e3,
+        "tokens_per_second": tokens / median,
+        "tflops_ceiling": machine.rate.map(|r| r / 1e12),
+        "bound_tokens_per_second": bound,
+        "percent_of_bound": bound.map(|b| 100.0 * tokens / median / b),
+        "arena_bytes": plan.map(|p| p.device_bytes),
+        "optimizer_bytes": plan.map(|p| p.optimizer_bytes),
+        "host_bytes": plan.map(|p| p.host_bytes),
+        "planned_bytes": plan.map(Plan::total),
+        "driver_bytes": report.driver_bytes,
+        "planned_ms": plan.map(|p| p.step.seconds * 1e3),
+        "layers": plan.map(|p| describe(&p.layers)),
+        "loss": report.loss,
+        "load_seconds": report.load_seconds,
+    })
+}
+
+/// Appends a row; a new file gets a line of names first.
+fn append(path: &Path, row: &Value) -> Result<()> {
+    let Value::Object(fields) = row else { return Ok(()) };
+    let new = !path.exists();
+    let cell = |v: &Value| match v {
+        Value::Null => String::new(),
+        Value::String(s) if s.contains(',') => format!("\"{s}\""),
+        Value::String(s) => s.clone(),
+        Value::Number(n) if n.is_f64() => format!("{:.3}", n.as_f64().unwrap_or(f64::NAN)),
+        other => other.to_string(),
+    };
+    let mut text = String::new();
+    if new {
+        text += &(fields.keys().cloned().collect::<Vec<_>>().join(",") + "\n");
+    }
+    text += &(fields.values().map(cell).collect::<Vec<_>>().join(",") + "\n");
+    let mut file =
+        std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(Error::write("open", path))?;
+    file.write_all(text.as_bytes()).map_err(Error::write("append to", path))
+}
