@@ -142,6 +142,40 @@ impl Blocks {
     }
 }
 
+/// Where master weights and moments lie in the one allocation that a GPU keeps them in. Sections start at multiples of
+/// 2 MiB, the unit that managed memory moves in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StateLayout {
+    /// Bytes of the master weights, of m and of v.
+    pub master: Range<usize>,
+    pub m: Range<usize>,
+    pub v: Range<usize>,
+    /// Bytes of the absmax of 8-bit moments; empty for 32-bit ones.
+    pub m_absmax: Range<usize>,
+    pub v_absmax: Range<usize>,
+    /// Size of the allocation.
+    pub bytes: usize,
+}
+
+impl StateLayout {
+    /// Of `p` weights in `blocks` blocks.
+    pub fn new(kind: OptimKind, p: usize, blocks: usize) -> Self {
+        let (moment, absmax) = match kind {
+            OptimKind::AdamwTorch | OptimKind::PagedAdamw32bit => (4, 0),
+            OptimKind::PagedAdamw8bit => (1, 4),
+        };
+        let mut end = 0usize;
+        let mut section = |bytes: usize| {
+            let start = end.next_multiple_of(2 << 20);
+            end = start + bytes;
+            start..end
+        };
+        let (master, m, v) = (section(4 * p), section(moment * p), section(moment * p));
+        let (m_absmax, v_absmax) = (section(absmax * blocks), section(absmax * blocks));
+        Self { master, m, v, m_absmax, v_absmax, bytes: end }
+    }
+}
+
 /// A range of the trainable weights with settings of its own.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParamGroup {

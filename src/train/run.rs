@@ -291,6 +291,9 @@ impl<B: Backend> Trainer<'_, B> {
         }
         self.model.zero_grad(self.backend)?;
         for (i, host) in micro_batches.iter().enumerate() {
+            if i + 1 == micro_batches.len() {
+                self.backend.prefetch_optimizer(&mut self.optimizer)?;
+            }
             if host.target_count() == 0 {
                 continue; // it adds 0
             }

@@ -3,11 +3,13 @@
 use bytemuck::Pod;
 use half::bf16;
 
+use super::managed::Placement;
 use super::matrix::Matrix;
 use super::memory::{ALIGNMENT, Buffer};
+use super::optimizer::{Optimizer, Step, table_bytes};
 use super::scratch::{Scratch, missing};
 use super::transfer::{Host, Ticket};
-use super::{Cuda, head, host_adamw, linear, ops};
+use super::{Cuda, head, linear, ops};
 use crate::backend::workspace::GRANULARITY;
 use crate::backend::*;
 use crate::error::{Error, Result};
@@ -51,7 +53,7 @@ impl Backend for Cuda {
     type F32 = Buffer<f32>;
     type I32 = Buffer<i32>;
     type Matrix = Matrix;
-    type Optimizer = host_adamw::Optimizer;
+    type Optimizer = Optimizer;
     type Host = Host;
     type Ticket = Ticket;
 
@@ -120,8 +122,9 @@ impl Backend for Cuda {
         Ok(matrix)
     }
 
-    fn new_optimizer(&mut self, of: NewOptimizer) -> Result<host_adamw::Optimizer> {
-        host_adamw::new(of)
+    fn new_optimizer(&mut self, of: NewOptimizer) -> Result<Optimizer> {
+        self.count(table_bytes(of.tensors.len()));
+        Optimizer::new(self, of, Placement::Device)
     }
 
     fn alloc_host(&mut self, len: usize) -> Result<Host> {
@@ -174,12 +177,12 @@ impl Backend for Cuda {
         self.op(|cuda| cuda.zero(dst.view_mut()))
     }
 
-    fn read_optimizer(&mut self, src: &host_adamw::Optimizer) -> Result<OptimizerState> {
-        host_adamw::read(src)
+    fn read_optimizer(&mut self, src: &Optimizer) -> Result<OptimizerState> {
+        src.read(self)
     }
 
-    fn write_optimizer(&mut self, dst: &mut host_adamw::Optimizer, src: &OptimizerState) -> Result<()> {
-        host_adamw::write(dst, src)
+    fn write_optimizer(&mut self, dst: &mut Optimizer, src: &OptimizerState) -> Result<()> {
+        dst.write(self, src)
     }
 
     fn nf4_dequantize(&mut self, out: &mut Buffer<bf16>, w: &Matrix) -> Result<()> {
@@ -286,7 +289,22 @@ impl Backend for Cuda {
     }
 
     fn adamw(&mut self, a: Adamw<Self>) -> Result<()> {
-        self.op(|cuda| host_adamw::adamw(cuda, a))
+        let step = Step {
+            lora: a.lora.view_mut(),
+            grads: a.grads.view(),
+            norm: a.norm.view(),
+            groups: a.groups,
+            beta1: a.beta1,
+            beta2: a.beta2,
+            eps: a.eps,
+            max_grad_norm: a.max_grad_norm,
+            step: a.step,
+        };
+        self.op(|cuda| a.state.adamw(cuda, step))
+    }
+
+    fn prefetch_optimizer(&mut self, state: &mut Optimizer) -> Result<()> {
+        self.op(|cuda| state.prefetch(cuda))
     }
 
     fn attention_decode(&mut self, a: AttentionDecode<Self>) -> Result<()> {

@@ -147,6 +147,11 @@ impl<'a, T> ViewMut<'a, T> {
         ViewMut { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), ..self }
     }
 
+    /// Elements of memory that is no [`Buffer`] but outlives the view. Work on them is ordered by `stream`.
+    pub(super) fn at(address: u64, len: usize, stream: &'a Arc<CudaStream>) -> Self {
+        Self { address, len, stream: Arc::as_ptr(stream), buffer: PhantomData }
+    }
+
     /// The same elements for a shorter time.
     pub fn reborrow(&mut self) -> ViewMut<'_, T> {
         ViewMut { address: self.address, len: self.len, stream: self.stream, buffer: PhantomData }
