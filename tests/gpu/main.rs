@@ -16,13 +16,16 @@ mod gemm;
 #[path = "../golden/model.rs"]
 mod golden;
 mod grad_norm;
+mod head;
 mod head_norm;
+mod linear;
 mod lora;
 mod model;
 mod nf4;
 mod nf4_gemm;
 mod rmsnorm;
 mod rope;
+mod runtime;
 mod support;
 mod swiglu;
 #[path = "../properties/tiny.rs"]
@@ -50,7 +53,10 @@ fn main() {
     trials.extend(gemm::trials());
     trials.extend(grad_norm::trials());
     trials.extend(head_norm::trials());
+    trials.extend(head::trials());
+    trials.extend(linear::trials());
     trials.extend(lora::trials());
+    trials.extend(runtime::trials());
     trials.extend(nf4_gemm::trials());
     trials.extend(rmsnorm::trials());
     trials.extend(rope::trials());
