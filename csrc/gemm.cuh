@@ -123,6 +123,13 @@ template <class Tile> struct GemmFragments {
             }
         }
     }
+
+    __device__ __forceinline__ void multiply(float (&acc)[MI][2 * NI][4]) const {
+#pragma unroll
+        for (int i = 0; i < MI; ++i)
+#pragma unroll
+            for (int j = 0; j < 2 * NI; ++j) mma_bf16(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
 };
 
 // The finished tile, through shared memory so that rows are read and written 16 bytes a thread.
@@ -260,16 +267,22 @@ gemm_kernel(const GemmParams p, const typename Source::Params w) {
             source.start();
             source.fetch(t + 2);
         }
+        const int depth = t < main_tiles ? p.main.k - t * GEMM_BK : p.pair.k - (t - main_tiles) * GEMM_BK;
+        if (depth > GEMM_BK - 16) {
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            if (step < 3) f[(step + 1) % 2].template load<K_MAJOR>(from, step + 1);
-            const GemmFragments<Tile> &now = f[step % 2];
-#pragma unroll
-            for (int i = 0; i < Tile::WM / 16; ++i)
-#pragma unroll
-                for (int j = 0; j < Tile::WN / 8; ++j)
-                    mma_bf16(acc[i][j], now.a[i], now.b[j / 2][j % 2 * 2], now.b[j / 2][j % 2 * 2 + 1]);
-            if (decodes) source.decode(decoded, step);
+            for (int step = 0; step < 4; ++step) {
+                if (step < 3) f[(step + 1) % 2].template load<K_MAJOR>(from, step + 1);
+                f[step % 2].multiply(acc);
+                if (decodes) source.decode(decoded, step);
+            }
+        } else {
+            // The last tile of a product: a rank of 16 takes a quarter of it.
+            f[0].multiply(acc);
+#pragma unroll 1
+            for (int step = 1; 16 * step < depth; ++step) {
+                f[0].template load<K_MAJOR>(from, step);
+                f[0].multiply(acc);
+            }
         }
     }
     cp_async_wait<0>();
