@@ -72,6 +72,10 @@ pub trait Backend: Sized {
     fn reserve(&mut self, _bytes: usize) -> Result<()> {
         Ok(())
     }
+    /// Bytes taken of what was reserved, and all of it; None where nothing was.
+    fn reserved(&self) -> Option<(usize, usize)> {
+        None
+    }
     /// What the allocations that follow are for: the rows of the plan's table.
     fn label(&mut self, _item: Item) {}
     /// Makes the scratch that the ops themselves need for models and micro-batches up to `needs`.

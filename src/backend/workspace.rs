@@ -13,7 +13,7 @@ const LOGITS_BYTES: usize = 128 << 20;
 /// The most target tokens of a chunk.
 const LOGITS_ROWS: usize = 2048;
 /// What cuBLAS gets: NVIDIA's advice for Hopper.
-const CUBLAS_BYTES: usize = 32 << 20;
+pub const CUBLAS_BYTES: usize = 32 << 20;
 /// Rows of logits that [`Backend::head_logits`](super::Backend::head_logits) computes at a time.
 const ROWS_AT_ONCE: usize = 64;
 

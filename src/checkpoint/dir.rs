@@ -12,6 +12,7 @@ use super::json::{Keys, existing, parse_object, read_text, shorten};
 use super::names::{self, Role, Weight};
 use super::safetensors_file::{SafeTensors, dense_dtype};
 use crate::error::{Error, Result};
+use crate::model::shapes::Format;
 use crate::model::{ModelConfig, WeightSource};
 use crate::nf4::serialize::{self, Part, QuantState};
 use crate::nf4::{self, QuantType, Quantized};
@@ -104,6 +105,19 @@ impl ModelDir {
     /// Whether a weight is in 4 bits.
     pub fn is_packed(&self, name: &str) -> bool {
         self.packed.contains(name)
+    }
+
+    /// How the source of the same `quantize` gives a matrix, without reading it.
+    pub fn format(&self, name: &str, quantize: Option<QuantConfig>) -> Format {
+        if self.is_packed(name) {
+            let nested = self.place.contains_key(&format!("{name}.nested_absmax"));
+            return Format::FourBit { double_quant: nested };
+        }
+        let projection = self.weights.iter().any(|w| w.name == name && w.role == Role::Projection);
+        match quantize.filter(|_| projection && !self.is_quantized()) {
+            Some(q) => Format::FourBit { double_quant: q.double_quant },
+            None => Format::Dense,
+        }
     }
 
     /// The most common dtype of the dense weights, by bytes; F32 on a tie with none.

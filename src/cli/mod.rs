@@ -9,6 +9,7 @@ mod inspect;
 mod load;
 mod merge;
 mod output;
+mod plan;
 mod progress;
 mod quantize;
 mod run_file;
@@ -55,6 +56,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Time training on this machine
     Bench(bench::BenchArgs),
+    /// Show what a training run would take: every byte, what each layer keeps, the time of a step. Needs no GPU
+    Plan(plan::PlanArgs),
     /// Show version, devices, and which backend is picked and why
     Info(info::InfoArgs),
 }
@@ -69,6 +72,7 @@ impl Command {
             Self::Merge(a) => merge::run(a),
             Self::Inspect(a) => inspect::run(a),
             Self::Bench(a) => bench::run(a),
+            Self::Plan(a) => plan::run(a),
             Self::Info(a) => info::run(a),
         }
     }

@@ -6,10 +6,11 @@ use super::card::Card;
 use super::choose::Mode;
 use super::meter::{Meter, Work};
 use super::optimizer_bytes;
+use super::size::size;
 use crate::backend::{Backend, Batch, Dropout, Item, OptimKind};
 use crate::error::Result;
 use crate::model::shapes::{Format, ShapeSource};
-use crate::model::{AdamwSettings, HostAdapter, LayerPlan, Model, ModelConfig, ModelOptions};
+use crate::model::{AdamwSettings, HostAdapter, Keep, LayerPlan, Model, ModelConfig, ModelOptions};
 
 /// What a training run asks for.
 #[derive(Clone, Copy)]
@@ -69,9 +70,47 @@ impl Plan {
         self.budget.saturating_sub(self.total())
     }
 
+    /// One line for the log.
+    pub fn summary(&self) -> String {
+        let optimizer = match self.optimizer_on_device {
+            true => "with the optimizer",
+            false => "the optimizer on the host",
+        };
+        let host = match self.host_bytes {
+            0 => String::new(),
+            bytes => format!(", {} of activations on the host", size(bytes)),
+        };
+        format!(
+            "{} of {} on the GPU {optimizer}{host}; {}",
+            size(self.total()),
+            size(self.budget),
+            describe_layers(&self.layers)
+        )
+    }
+
     pub fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.step.seconds.max(1e-12)
     }
+}
+
+/// "layers 0-3 keep the input, on the host; 4-31 all": from the bottom up.
+pub fn describe_layers(layers: &[LayerPlan]) -> String {
+    let mut first = 0;
+    let one = |run: &[LayerPlan]| {
+        let (start, last) = (first, first + run.len() - 1);
+        first = last + 1;
+        let range = if start == last { format!("{start}") } else { format!("{start}-{last}") };
+        let keep = match run[0].keep {
+            Keep::Input => "the input",
+            Keep::Attention => "input and attention",
+            Keep::NoMlp => "all but gate and up",
+            Keep::All => "all",
+        };
+        let verb = if start == 0 { "layers " } else { "" };
+        let keeps = if start == 0 { " keep " } else { " " };
+        format!("{verb}{range}{keeps}{keep}{}", if run[0].host { ", on the host" } else { "" })
+    };
+    layers.chunk_by(|a, b| a == b).map(one).collect::<Vec<_>>().join("; ")
 }
 
 /// Bytes and time with the given choice, whether it fits or not.

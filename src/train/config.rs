@@ -165,8 +165,13 @@ keys! {
     per_device_eval_batch_size: usize = 8, Int;
     /// Micro-batches of an optimizer step; the last step of an epoch may have fewer.
     gradient_accumulation_steps: usize = 1, Int;
-    /// Keep only each layer's input and recompute the rest in backward: less memory, same bits.
-    gradient_checkpointing: bool = true, Bool;
+    /// true: keep only each layer's input and recompute the rest in backward; false: recompute nothing. Default: on a GPU the fastest that fits, on the CPU true. TRL: true.
+    #[doc = "The same bits in any case."]
+    gradient_checkpointing: Option<bool> = None, Bool;
+    /// Device memory that the run may take, such as "24GiB". Default: what the GPU has free. No limit on the CPU.
+    memory: Option<String> = None, Text;
+    /// Pinned host memory that activations may take. Default: half of what is available.
+    host_memory: Option<String> = None, Text;
 
     /// Steps between two lines of metrics; below 1, a share of all steps.
     logging_steps: f64 = 10.0, Float;

@@ -14,10 +14,11 @@ use super::tensorboard::EventWriter;
 use super::ui::{StepReport, Ui};
 use super::validate::{Every, resolve};
 use super::{checkpoints, optimizer};
-use crate::backend::{Backend, Batch, Dropout, HostBatch, NewOptimizer};
+use crate::backend::{Backend, Batch, Dropout, HostBatch, Item, NewOptimizer};
 use crate::checkpoint::state::{self, TrainingState};
 use crate::checkpoint::{ModelDir, peft};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::model::{HostAdapter, Model};
 
 /// How a run ended.
@@ -87,8 +88,11 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
 
     let train_tokens = eval::most_tokens(&data.rows, config.per_device_train_batch_size);
     let max_tokens = train_tokens.max(eval::most_tokens(&data.eval_rows, 1));
-    let mut model = setup::model(backend, config, &dir, &adapter, max_tokens, ui)?;
+    let plan = setup::plan(backend, config, &dir, &adapter, max_tokens, ui)?;
+    let mut model = setup::model(backend, config, &dir, &adapter, max_tokens, plan.as_ref(), ui)?;
+    backend.label(Item::Batch);
     let batch = Batch::new(backend, max_tokens)?;
+    memory::check(backend)?;
     let tensors = adapter.layout.tensor_lens();
     let mut optimizer = backend.new_optimizer(NewOptimizer {
         kind: config.optim_kind()?,

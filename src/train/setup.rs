@@ -9,6 +9,7 @@ use crate::backend::Backend;
 use crate::checkpoint::{ModelDir, QuantConfig, peft};
 use crate::data::{self, DataOptions, Dataset, EvalSize, Overlong, Row, Tokenizer};
 use crate::error::{Error, Result};
+use crate::memory::{self, Card, Mode, Plan, Request};
 use crate::model::{HostAdapter, Keep, LayerPlan, Model, ModelOptions};
 
 /// Rows to train on and rows held out.
@@ -84,6 +85,49 @@ pub fn adapter(config: &TrainConfig, dir: &ModelDir) -> Result<HostAdapter> {
     }
 }
 
+/// How the base weights come into 4 bits; None: as they are.
+fn quantize(config: &TrainConfig) -> Result<Option<QuantConfig>> {
+    if !config.load_in_4bit {
+        return Ok(None);
+    }
+    Ok(Some(QuantConfig { quant_type: config.quant_type()?, double_quant: config.bnb_4bit_use_double_quant }))
+}
+
+/// The plan of the run, for which the backend has set its memory aside; None where the device is the host.
+/// Errors: a budget that the device has not, or into which nothing fits.
+pub fn plan<B: Backend>(
+    backend: &mut B,
+    config: &TrainConfig,
+    dir: &ModelDir,
+    adapter: &HostAdapter,
+    max_tokens: usize,
+    ui: &mut dyn Ui,
+) -> Result<Option<Plan>> {
+    let Some(free) = backend.free_memory()? else { return Ok(None) };
+    let card = *Card::of_device(&backend.describe(), free);
+    let device = memory::budget("memory", config.memory.as_deref(), free, &card)?;
+    let host = match &config.host_memory {
+        Some(text) => memory::parse_size("host_memory", text)?,
+        None => memory::host_memory() / 2,
+    };
+    let quantize = quantize(config)?;
+    let plan = memory::plan(&Request {
+        config: dir.config(),
+        format: &|name| dir.format(name, quantize),
+        adapter,
+        optim: config.optim_kind()?,
+        tokens: max_tokens,
+        sequences: config.per_device_train_batch_size,
+        card,
+        device,
+        host,
+        mode: Mode::of(config.gradient_checkpointing),
+    })?;
+    ui.note(&format!("memory: {}", plan.summary()));
+    backend.reserve(plan.device_bytes)?;
+    Ok(Some(plan))
+}
+
 /// Loads the base weights and makes every buffer for micro-batches of at most `max_tokens` tokens.
 pub fn model<B: Backend>(
     backend: &mut B,
@@ -91,21 +135,18 @@ pub fn model<B: Backend>(
     dir: &ModelDir,
     adapter: &HostAdapter,
     max_tokens: usize,
+    plan: Option<&Plan>,
     ui: &mut dyn Ui,
 ) -> Result<Model<B>> {
-    let quantize = config
-        .load_in_4bit
-        .then(|| {
-            Ok::<_, Error>(QuantConfig {
-                quant_type: config.quant_type()?,
-                double_quant: config.bnb_4bit_use_double_quant,
-            })
-        })
-        .transpose()?;
-    let mut source = dir.source(quantize)?;
-    let keep = if config.gradient_checkpointing { Keep::Input } else { Keep::All };
-    let plan = LayerPlan { keep, host: false };
-    let options = ModelOptions::training(max_tokens, dir.config().num_hidden_layers, plan);
+    let mut source = dir.source(quantize(config)?)?;
+    let layers = match plan {
+        Some(plan) => plan.layers.clone(),
+        None => {
+            let keep = if config.gradient_checkpointing == Some(false) { Keep::All } else { Keep::Input };
+            vec![LayerPlan { keep, host: false }; dir.config().num_hidden_layers]
+        }
+    };
+    let options = ModelOptions { max_tokens, train: true, layers };
     let (label, layers) = (format!("loading {}", config.model.display()), dir.config().num_hidden_layers as u64);
     let mut done = 0;
     Model::load(backend, dir.config(), &mut source, Some(adapter), options, &mut |_| {

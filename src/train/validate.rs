@@ -4,6 +4,7 @@ use super::config::TrainConfig;
 use super::schedule::SchedulerType;
 use crate::backend::OptimKind;
 use crate::error::{Error, Result};
+use crate::memory::parse_size;
 use crate::model::LoraConfig;
 use crate::nf4::QuantType;
 
@@ -56,6 +57,9 @@ impl TrainConfig {
         positive("per_device_train_batch_size", self.per_device_train_batch_size)?;
         positive("per_device_eval_batch_size", self.per_device_eval_batch_size)?;
         positive("gradient_accumulation_steps", self.gradient_accumulation_steps)?;
+        for (key, text) in [("memory", &self.memory), ("host_memory", &self.host_memory)] {
+            text.as_ref().map(|text| parse_size(key, text)).transpose()?;
+        }
         if let Some(n) = self.save_total_limit {
             positive("save_total_limit", n)?;
         }

@@ -5,6 +5,7 @@ mod generate;
 mod info;
 mod inspect;
 mod merge;
+mod plan;
 mod quantize;
 mod train;
 mod usage;

@@ -96,6 +96,10 @@ impl Backend for Cuda {
         Cuda::reserve(self, bytes)
     }
 
+    fn reserved(&self) -> Option<(usize, usize)> {
+        self.arena_use()
+    }
+
     fn label(&mut self, item: Item) {
         self.item = Some(item);
     }
