@@ -55,7 +55,7 @@ template <int ROWS, int D, int THREADS>
 __device__ __forceinline__ void load_tile(uint32_t tile, const bf16 *from, int stride, int rows, int d) {
     constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS; // rows of a pass
     static_assert(ROWS % STEP == 0, "whole passes");
-    const int row = int(threadIdx.x) / CHUNKS, chunk = int(threadIdx.x) % CHUNKS;
+    const int thread = in_loop(int(threadIdx.x)), row = thread / CHUNKS, chunk = thread % CHUNKS;
     from += row * stride + chunk * 8;
     rows = chunk * 8 < d ? rows - row : 0;
 #pragma unroll
@@ -95,7 +95,7 @@ template <int D, int M> struct Forward {
     static constexpr int ROWS = 64 * M;
     static constexpr int KV_BYTES = FORWARD_KEYS * D * 2;
     static constexpr int SHARED = ROWS * D * 2 + 2 * KV_BYTES;
-    static constexpr int MIN_CTAS = D == 256 ? 1 : 2;
+    static constexpr int MIN_CTAS = D == 256 ? 1 : D == 128 ? 3 : 2;
     static_assert(SHARED <= MAX_SHARED_BYTES, "one CTA on a consumer card");
 };
 
@@ -112,7 +112,7 @@ attention_forward_kernel(const AttentionForward a, int max_tiles) {
     if (at.len == 0) return;
     const int warp = __shfl_sync(FULL_WARP, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
     const int g = lane / 4, i = lane % 4;
-    const int first_row = at.tile * ROWS, row0 = first_row + warp * 16 * M;
+    const int first_row = at.tile * ROWS, warp_row = first_row + warp * 16 * M;
 
     const int width = (a.h + 2 * a.g) * a.d;
     const bf16 *tokens = a.qkv + at.start * int64_t(width);
@@ -137,7 +137,7 @@ attention_forward_kernel(const AttentionForward a, int max_tiles) {
         top[m][0] = top[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.0f;
 
     for (int tile = last; tile >= first; --tile) {
-        const int key0 = tile * KEYS;
+        const int key0 = tile * KEYS, row0 = in_loop(warp_row);
         // Whether any row of this warp sees any key of the tile.
         const bool active = row0 < at.len && key0 < row0 + 16 * M && key0 + KEYS - 1 > row0 - a.window;
         float s[M][KEYS / 8][4] = {};
@@ -240,15 +240,15 @@ attention_forward_kernel(const AttentionForward a, int max_tiles) {
             all += __shfl_xor_sync(FULL_WARP, all, 1);
             all += __shfl_xor_sync(FULL_WARP, all, 2);
             inverse[r] = 1.0f / all;
-            const int row = row0 + 16 * m + g + 8 * r;
+            const int row = warp_row + 16 * m + g + 8 * r;
             if (i == 0 && row < at.len)
                 a.lse[size_t(head) * a.t + at.start + row] = top[m][r] * LN2 + logf(all);
         }
         const int stride = a.h * a.d;
-        bf16 *to = a.o + int64_t(at.start + row0 + 16 * m) * stride + head * a.d;
+        bf16 *to = a.o + int64_t(at.start + warp_row + 16 * m) * stride + head * a.d;
         // Into this warp's own rows of q.
         store_block<ROWS, D>(shared, warp * 16 * M + 16 * m, 0, o[m], inverse[0], inverse[1], to, stride,
-                             at.len - row0 - 16 * m, a.d);
+                             at.len - warp_row - 16 * m, a.d);
     }
 }
 
