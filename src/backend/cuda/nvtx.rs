@@ -27,13 +27,11 @@ impl Scopes {
         }
     }
 
-    /// Puts the open scopes into an error of the GPU.
+    /// Puts the open scopes into an error of the GPU, unless it has them already.
     pub(super) fn place(&self, error: Error) -> Error {
+        let place = self.0.iter().map(name).collect::<Vec<_>>().join(", ");
         match error {
-            Error::Cuda { op, detail } if !self.0.is_empty() => {
-                let place = self.0.iter().map(name).collect::<Vec<_>>().join(", ");
-                Error::Cuda { op: format!("{op} ({place})"), detail }
-            }
+            Error::Cuda { op, detail } if !op.contains(&place) => Error::Cuda { op: format!("{op} ({place})"), detail },
             other => other,
         }
     }
@@ -50,5 +48,24 @@ fn name(scope: &Scope) -> String {
         Scope::Head => "head".into(),
         Scope::Optimizer => "optimizer".into(),
         Scope::Decode => "decode".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_gpu_names_the_open_scopes_once() {
+        let mut scopes = Scopes::default();
+        let error = || Error::Cuda { op: "rope_forward".into(), detail: "gone".into() };
+        assert_eq!(scopes.place(error()).to_string(), "CUDA: rope_forward: gone");
+        [Scope::Step(3), Scope::Backward, Scope::Layer(12)].into_iter().for_each(|s| scopes.enter(s));
+        let placed = scopes.place(error());
+        assert_eq!(placed.to_string(), "CUDA: rope_forward (step 3, backward, layer 12): gone");
+        scopes.unwind(1);
+        assert_eq!(scopes.place(placed).to_string(), "CUDA: rope_forward (step 3, backward, layer 12): gone");
+        let other = Error::Shape { op: "a", argument: "b", found: 1, expected: 2 };
+        assert!(matches!(scopes.place(other), Error::Shape { .. }));
     }
 }
