@@ -9,22 +9,22 @@ use super::memory::{ALIGNMENT, Buffer};
 use super::optimizer::{Optimizer, Step, table_bytes};
 use super::scratch::{Scratch, missing};
 use super::transfer::{Host, Ticket};
-use super::{Cuda, head, linear, ops};
+use super::{Cuda, head, linear, nvtx, ops};
 use crate::backend::workspace::GRANULARITY;
 use crate::backend::*;
 use crate::error::{Error, Result};
 use crate::tensor::HostMatrix;
 
 impl Cuda {
-    /// Runs an op. Its error names the part of the step that it belongs to.
-    fn op(&mut self, f: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
-        f(self).map_err(|e| self.scopes.place(e))
+    /// Runs an op: a range on the timeline. Its error names the part of the step that it belongs to.
+    fn op(&mut self, name: &str, f: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        nvtx::range(name, || f(self)).map_err(|e| self.scopes.place(e))
     }
 
     /// Runs an op that needs scratch.
     fn op_with_scratch(&mut self, name: &str, f: impl FnOnce(&Self, &mut Scratch) -> Result<()>) -> Result<()> {
         let Some(mut scratch) = self.scratch.take() else { return Err(missing(name)) };
-        let result = f(self, &mut scratch);
+        let result = nvtx::range(name, || f(self, &mut scratch));
         self.scratch = Some(scratch);
         result.map_err(|e| self.scopes.place(e))
     }
@@ -174,11 +174,11 @@ impl Backend for Cuda {
     }
 
     fn zero_f32(&mut self, dst: &mut Buffer<f32>) -> Result<()> {
-        self.op(|cuda| cuda.zero(dst.view_mut()))
+        self.op("zero_f32", |cuda| cuda.zero(dst.view_mut()))
     }
 
     fn zero_act(&mut self, dst: &mut Buffer<bf16>) -> Result<()> {
-        self.op(|cuda| cuda.zero(dst.view_mut()))
+        self.op("zero_act", |cuda| cuda.zero(dst.view_mut()))
     }
 
     fn read_optimizer(&mut self, src: &Optimizer) -> Result<OptimizerState> {
@@ -190,12 +190,12 @@ impl Backend for Cuda {
     }
 
     fn nf4_dequantize(&mut self, out: &mut Buffer<bf16>, w: &Matrix) -> Result<()> {
-        self.op(|cuda| cuda.widen_matrix(out.view_mut(), w))
+        self.op("nf4_dequantize", |cuda| cuda.widen_matrix(out.view_mut(), w))
     }
 
     fn embedding(&mut self, a: Embedding<Self>) -> Result<()> {
         let (t, c, v) = (a.t, a.c, a.table.n);
-        self.op(|cuda| {
+        self.op("embedding", |cuda| {
             let Some(table) = a.table.dense() else {
                 let detail = "a table in 4 bits: embeddings stay in 16".into();
                 return Err(Error::Cuda { op: "embedding".into(), detail });
@@ -209,44 +209,44 @@ impl Backend for Cuda {
         let residual = a.residual.map(|(delta, s)| (delta.view(), s.view_mut()));
         let (y, rstd, x, w) = (a.y.view_mut(), a.rstd.view_mut(), a.x.view(), a.w.view());
         let op = ops::rmsnorm::RmsNormForward { y, rstd, x, residual, w, t: a.t, c: a.c, eps: a.eps };
-        self.op(|cuda| ops::rmsnorm::rmsnorm_forward(cuda, op))
+        self.op("rmsnorm_forward", |cuda| ops::rmsnorm::rmsnorm_forward(cuda, op))
     }
 
     fn rmsnorm_backward(&mut self, a: RmsNormBackward<Self>) -> Result<()> {
         let (dx, dy, x, w, rstd) = (a.dx.view_mut(), a.dy.view(), a.x.view(), a.w.view(), a.rstd.view());
         let op = ops::rmsnorm::RmsNormBackward { dx, dy, x, w, rstd, t: a.t, c: a.c };
-        self.op(|cuda| ops::rmsnorm::rmsnorm_backward(cuda, op))
+        self.op("rmsnorm_backward", |cuda| ops::rmsnorm::rmsnorm_backward(cuda, op))
     }
 
     fn head_norm_forward(&mut self, a: HeadNormForward<Self>) -> Result<()> {
         let (y, rstd, x) = (a.y.view_mut(), a.rstd.view_mut(), a.x.view());
         let (q_w, k_w, t, heads, eps) = (a.q_w.view(), a.k_w.view(), a.t, a.heads, a.eps);
         let op = ops::rmsnorm::HeadNormForward { y, rstd, x, q_w, k_w, t, heads, eps };
-        self.op(|cuda| ops::rmsnorm::head_norm_forward(cuda, op))
+        self.op("head_norm_forward", |cuda| ops::rmsnorm::head_norm_forward(cuda, op))
     }
 
     fn head_norm_backward(&mut self, a: HeadNormBackward<Self>) -> Result<()> {
         let (dqkv, x, rstd) = (a.dqkv.view_mut(), a.x.view(), a.rstd.view());
         let (q_w, k_w, t, heads) = (a.q_w.view(), a.k_w.view(), a.t, a.heads);
         let op = ops::rmsnorm::HeadNormBackward { dqkv, x, rstd, q_w, k_w, t, heads };
-        self.op(|cuda| ops::rmsnorm::head_norm_backward(cuda, op))
+        self.op("head_norm_backward", |cuda| ops::rmsnorm::head_norm_backward(cuda, op))
     }
 
     fn rope_forward(&mut self, a: Rope<Self>) -> Result<()> {
         let op = rope(a);
-        self.op(|cuda| ops::rope::rope_forward(cuda, op))
+        self.op("rope_forward", |cuda| ops::rope::rope_forward(cuda, op))
     }
 
     fn rope_backward(&mut self, a: Rope<Self>) -> Result<()> {
         let op = rope(a);
-        self.op(|cuda| ops::rope::rope_backward(cuda, op))
+        self.op("rope_backward", |cuda| ops::rope::rope_backward(cuda, op))
     }
 
     fn attention_forward(&mut self, a: AttentionForward<Self>) -> Result<()> {
         let (o, lse, qkv, heads) = (a.o.view_mut(), a.lse.view_mut(), a.qkv.view(), a.heads);
         let (cu_seqlens, t, b) = (a.batch.cu_seqlens.view(), a.batch.t, a.batch.b);
         let op = ops::attention::AttentionForward { o, lse, qkv, cu_seqlens, t, b, heads };
-        self.op(|cuda| ops::attention::attention_forward(cuda, op))
+        self.op("attention_forward", |cuda| ops::attention::attention_forward(cuda, op))
     }
 
     fn attention_backward(&mut self, a: AttentionBackward<Self>) -> Result<()> {
@@ -254,17 +254,17 @@ impl Backend for Cuda {
         let (lse, qkv, heads) = (a.lse.view(), a.qkv.view(), a.heads);
         let (cu_seqlens, t, b) = (a.batch.cu_seqlens.view(), a.batch.t, a.batch.b);
         let op = ops::attention::AttentionBackward { dqkv, delta, d_o, o, lse, qkv, cu_seqlens, t, b, heads };
-        self.op(|cuda| ops::attention::attention_backward(cuda, op))
+        self.op("attention_backward", |cuda| ops::attention::attention_backward(cuda, op))
     }
 
     fn swiglu_forward(&mut self, a: SwigluForward<Self>) -> Result<()> {
         let op = ops::swiglu::SwigluForward { y: a.y.view_mut(), gate_up: a.gate_up.view(), t: a.t, f: a.f };
-        self.op(|cuda| ops::swiglu::swiglu_forward(cuda, op))
+        self.op("swiglu_forward", |cuda| ops::swiglu::swiglu_forward(cuda, op))
     }
 
     fn swiglu_backward(&mut self, a: SwigluBackward<Self>) -> Result<()> {
         let op = ops::swiglu::SwigluBackward { gate_up: a.gate_up.view_mut(), dy: a.dy.view(), t: a.t, f: a.f };
-        self.op(|cuda| ops::swiglu::swiglu_backward(cuda, op))
+        self.op("swiglu_backward", |cuda| ops::swiglu::swiglu_backward(cuda, op))
     }
 
     fn linear_forward(&mut self, a: LinearForward<Self>) -> Result<()> {
@@ -304,11 +304,11 @@ impl Backend for Cuda {
             max_grad_norm: a.max_grad_norm,
             step: a.step,
         };
-        self.op(|cuda| a.state.adamw(cuda, step))
+        self.op("adamw", |cuda| a.state.adamw(cuda, step))
     }
 
     fn prefetch_optimizer(&mut self, state: &mut Optimizer) -> Result<()> {
-        self.op(|cuda| state.prefetch(cuda))
+        self.op("prefetch_optimizer", |cuda| state.prefetch(cuda))
     }
 
     fn attention_decode(&mut self, a: AttentionDecode<Self>) -> Result<()> {

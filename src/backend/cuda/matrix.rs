@@ -17,6 +17,7 @@ pub struct Matrix {
 }
 
 /// What a [`Matrix`] is made of.
+#[expect(clippy::large_enum_variant, reason = "a few hundred in a model")]
 pub enum Data {
     /// (N, K)
     Bf16(Buffer<bf16>),

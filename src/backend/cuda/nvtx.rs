@@ -1,5 +1,6 @@
 //! Where in a step the program is: ranges on a profiler's timeline, and the place in an error.
 
+use super::ffi::nvtx::{pop, push};
 use crate::backend::Scope;
 use crate::error::Error;
 
@@ -9,11 +10,14 @@ pub(super) struct Scopes(Vec<Scope>);
 
 impl Scopes {
     pub(super) fn enter(&mut self, scope: Scope) {
+        push(|| name(&scope));
         self.0.push(scope);
     }
 
     pub(super) fn leave(&mut self) {
-        self.0.pop();
+        if self.0.pop().is_some() {
+            pop();
+        }
     }
 
     pub(super) fn depth(&self) -> usize {
@@ -35,6 +39,14 @@ impl Scopes {
             other => other,
         }
     }
+}
+
+/// Runs `f` as a range of its own on the timeline.
+pub(super) fn range<R>(name: &str, f: impl FnOnce() -> R) -> R {
+    push(|| name.into());
+    let result = f();
+    pop();
+    result
 }
 
 /// What a timeline and an error call a scope.

@@ -11,6 +11,7 @@ pub mod grad_norm;
 pub mod lora;
 pub mod nf4;
 pub mod nf4_gemm;
+pub mod nvtx;
 pub mod rmsnorm;
 pub mod rope;
 pub mod swiglu;
