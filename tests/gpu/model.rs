@@ -14,13 +14,13 @@ use crate::golden::{self, Device, Tolerance};
 use crate::support::{Outcome, same};
 use crate::tiny::{self, Engine, Step, distance};
 
-/// Twice what PyTorch gives for these fixtures with every tensor in bf16: loss 1.2e-3, logits 1.7e-2, worst gradient
-/// tensor 4.0e-2, gradient norm 2.0e-3. AdamW divides each gradient by its own size, so errors of small ones grow.
+/// Twice the worst that PyTorch gives for these fixtures with every tensor in bf16: loss 1.9e-3, logits 1.9e-2, gradient
+/// tensor 5.0e-2, gradient norm 3.9e-3. AdamW divides each gradient by its own size, so errors of small ones grow.
 const BF16: Tolerance = Tolerance {
-    loss: 2.4e-3,
-    logits: 3.4e-2,
-    gradient: 8e-2,
-    norm: 4e-3,
+    loss: 3.8e-3,
+    logits: 3.8e-2,
+    gradient: 0.1,
+    norm: 7.8e-3,
     training: 1e-2,
     adapter: 2e-2,
     update: 0.15,
@@ -91,6 +91,11 @@ fn golden_cases<D: Device>(root: &Path) -> Result<Vec<Trial>, Failed> {
 
 const NF4: QuantConfig = QuantConfig { quant_type: QuantType::Nf4, double_quant: true };
 
+/// The plain graph, with heads of a size that the GPU takes.
+fn plain() -> ModelConfig {
+    ModelConfig { head_dim: 16, ..tiny::plain() }
+}
+
 /// Every feature of the graph, with heads of a size that the GPU takes.
 fn everything() -> ModelConfig {
     ModelConfig { head_dim: 16, ..tiny::everything() }
@@ -131,7 +136,7 @@ fn near_cpu(what: &str, found: &Step, cpu: &Step) -> Outcome {
 }
 
 fn replay() -> Outcome {
-    for config in [tiny::plain(), everything()] {
+    for config in [plain(), everything()] {
         let (mut launched, mut replayed) = (engine(&config, &[], false)?, engine(&config, &[], true)?);
         for round in 0..3 {
             let batches = micro_batches(&config);
@@ -193,7 +198,7 @@ fn evaluation() -> Outcome {
 }
 
 fn decoding() -> Outcome {
-    for config in [tiny::plain(), everything()] {
+    for config in [plain(), everything()] {
         let mut engine = engine(&config, &[], true)?;
         let tokens = tiny::sequence(&config, 9, 40, 0);
         let whole = engine.logits(&tokens);
@@ -214,7 +219,7 @@ fn decoding() -> Outcome {
 }
 
 fn calls() -> Outcome {
-    let config = tiny::plain();
+    let config = plain();
     let mut engine = engine(&config, &[], true)?;
     let host = &micro_batches(&config)[0];
     let weights = adapter(&config).weights;
