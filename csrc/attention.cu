@@ -358,7 +358,7 @@ attention_backward_kernel(const AttentionBackward a, int max_tiles) {
     if (at.len == 0) return;
     const int warp = __shfl_sync(FULL_WARP, int(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
     const int g = lane / 4, i = lane % 4;
-    const int fixed_row = at.tile * FIXED_ROWS, row0 = fixed_row + warp % 4 * 16;
+    const int fixed_row = at.tile * FIXED_ROWS, warp_row = fixed_row + warp % 4 * 16;
 
     const int group = a.h / a.g, kv_head = KV ? head : head / group, q_head = KV ? head * group : head;
     const int width = (a.h + 2 * a.g) * a.d, o_width = a.h * a.d;
@@ -383,7 +383,7 @@ attention_backward_kernel(const AttentionBackward a, int max_tiles) {
     if (!KV) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = row0 + g + 8 * r;
+            const int row = warp_row + g + 8 * r;
             if (row >= at.len) continue;
             const int stat = q_head * a.t + at.start + row;
             row_lse[r] = a.lse[stat] * LOG2E, row_delta[r] = a.delta[stat];
@@ -433,7 +433,7 @@ attention_backward_kernel(const AttentionBackward a, int max_tiles) {
         const float *stats =
             reinterpret_cast<const float *>(shared + (stream1 - fixed0_tile + Shape::STREAM_BYTES));
         stage = Shape::STAGE_BYTES - stage;
-        const int col0 = tile * ROWS;
+        const int col0 = tile * ROWS, row0 = in_loop(warp_row);
         // Rows of this warp and columns of the tile, as the first and the last query and key.
         const int q_first = KV ? col0 : row0, q_last = q_first + (KV ? ROWS : 16) - 1;
         const int kv_first = KV ? row0 : col0, kv_last = kv_first + (KV ? 16 : ROWS) - 1;
@@ -474,8 +474,8 @@ attention_backward_kernel(const AttentionBackward a, int max_tiles) {
 
     __syncthreads(); // all are done with fixed0: its tile takes the results on their way out
     const int end_head = in_loop(int(blockIdx.x)) % heads;
-    bf16 *to = a.dqkv + int64_t(at.start + row0) * width + 16 * first16;
-    const int row = warp % 4 * 16, rows = at.len - row0, columns = a.d - 16 * first16;
+    bf16 *to = a.dqkv + int64_t(at.start + warp_row) * width + 16 * first16;
+    const int row = warp % 4 * 16, rows = at.len - warp_row, columns = a.d - 16 * first16;
     store_block<FIXED_ROWS, COLUMNS>(shared, row, 2 * first16, sum0, a.scale, a.scale,
                                      to + (KV ? a.h + end_head : end_head) * a.d, width, rows, columns);
     if constexpr (KV)
