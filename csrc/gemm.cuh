@@ -19,7 +19,7 @@ template <int BM_, int BN_, int WARPS_M_, int WARPS_N_, int STAGES_> struct Gemm
     static constexpr int PITCH = BN + 8; // of the finished tile, in f32: rows four banks pairs apart
     static constexpr size_t RING_BYTES = size_t(STAGES) * STAGE_BYTES;
     static_assert(size_t(BM) * PITCH * 4 <= RING_BYTES, "the finished tile takes the place of the ring");
-    static_assert(WM % 16 == 0 && WN % 16 == 0 && BN % 64 == 0 && THREADS == 2 * BN, "see the loads");
+    static_assert(WM % 16 == 0 && WN % 16 == 0 && BN % 64 == 0, "whole fragments and panels");
 };
 using GemmLarge = GemmTile<128, 128, 2, 4, 3>;
 using GemmSmall = GemmTile<64, 64, 2, 2, 3>;
@@ -45,10 +45,11 @@ struct GemmParams {
 __device__ __forceinline__ int clamp_to_8(int x) { return min(max(x, 0), 8); }
 
 // 8 elements to shared memory, of which the first `valid` are read and the rest are zeros.
-template <bool ALIGNED> __device__ __forceinline__ void gemm_copy8(unsigned char *to, const bf16 *from, int valid) {
+template <bool ALIGNED>
+__device__ __forceinline__ void gemm_copy8(unsigned char *to, const bf16 *from, int valid, bool wanted) {
     if constexpr (ALIGNED) {
-        cp_async16_part(shared_address(to), from, 2 * valid);
-    } else {
+        cp_async16_part(shared_address(to), from, 2 * valid, wanted);
+    } else if (wanted) {
         Vec8<bf16> v;
 #pragma unroll
         for (int j = 0; j < 8; ++j) v.at[j] = j < valid ? from[j] : __ushort_as_bfloat16(0);
@@ -56,46 +57,88 @@ template <bool ALIGNED> __device__ __forceinline__ void gemm_copy8(unsigned char
     }
 }
 
-// Tile [ROWS][64] of a row-major matrix with k along its rows.
-template <int ROWS, int THREADS, bool ALIGNED>
-__device__ __forceinline__ void gemm_load_k_major(unsigned char *tile, const bf16 *x, int64_t ld, int row0, int rows,
-                                                  int k0, int k) {
-    const int chunk = threadIdx.x % 8;
-    const int valid = clamp_to_8(k - (k0 + chunk * 8));
-#pragma unroll
-    for (int i = 0; i < ROWS * 8 / THREADS; ++i) {
-        const int r = threadIdx.x / 8 + i * (THREADS / 8);
-        const bf16 *from = x + int64_t(row0 + r) * ld + k0 + chunk * 8;
-        gemm_copy8<ALIGNED>(tile + swizzle128(r, chunk), from, row0 + r < rows ? valid : 0);
-    }
-}
+// A thread's part in the copies of one matrix's tiles, a 16-byte chunk a pass. K_MAJOR: rows run along k, the tile is
+// [WIDTH][64]; else they run along the other dimension (m or n), and the tile is WIDTH / 64 panels of [64][64].
+template <bool K_MAJOR, int WIDTH, int THREADS> class GemmCopy {
+    static constexpr int CHUNKS = K_MAJOR ? 8 : WIDTH / 8;   // of a row
+    static constexpr int ROWS = THREADS / CHUNKS;            // of a pass
+    static constexpr int PASSES = (K_MAJOR ? WIDTH : GEMM_BK) / ROWS; // of a tile
+    static_assert(PASSES % 4 == 0 && ROWS % 8 == 0, "four equal parts, the same swizzle in each pass");
+    const bf16 *from;
+    int64_t step;    // elements from a pass to the next
+    int wide;        // K_MAJOR: rows left of the matrix from this thread's first on; else elements of its chunk
+    uint32_t offset; // of its first chunk in the tile
 
-// Tile [64][COLS] of a row-major matrix with k along its columns, as COLS / 64 panels of [64][64].
-template <int COLS, int THREADS, bool ALIGNED>
-__device__ __forceinline__ void gemm_load_n_major(unsigned char *tile, const bf16 *x, int64_t ld, int col0, int cols,
-                                                  int k0, int k) {
-    constexpr int CHUNKS = COLS / 8;
-    const int chunk = threadIdx.x % CHUNKS;
-    const int valid = clamp_to_8(cols - (col0 + chunk * 8));
-    unsigned char *panel = tile + chunk / 8 * (GEMM_BK * 128);
-#pragma unroll
-    for (int i = 0; i < GEMM_BK * CHUNKS / THREADS; ++i) {
-        const int r = threadIdx.x / CHUNKS + i * (THREADS / CHUNKS);
-        const bf16 *from = x + int64_t(k0 + r) * ld + col0 + chunk * 8;
-        gemm_copy8<ALIGNED>(panel + swizzle128(r, chunk % 8), from, k0 + r < k ? valid : 0);
+  public:
+    // Before the first tile of a matrix whose other dimension is `size` long; the tiles start at `first` there.
+    __device__ __forceinline__ void aim(const bf16 *x, int64_t ld, int first, int size) {
+        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        from = x + (K_MAJOR ? first + row : row) * ld + (K_MAJOR ? 0 : first) + chunk * 8;
+        step = ROWS * ld;
+        wide = K_MAJOR ? size - first - row : clamp_to_8(size - first - chunk * 8);
+        offset = chunk / 8 * (GEMM_BK * 128) + swizzle128(row, chunk % 8);
     }
-}
+
+    // Quarter `part` of a tile, from 0 to 3 in order, if it is `wanted`. `k_left`: columns of k from the tile on.
+    template <bool ALIGNED>
+    __device__ __forceinline__ void quarter(unsigned char *tile, int part, int k_left, bool wanted) {
+        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+#pragma unroll
+        for (int i = part * PASSES / 4; i < (part + 1) * PASSES / 4; ++i) {
+            const int valid = K_MAJOR ? (i * ROWS < wide ? clamp_to_8(k_left - chunk * 8) : 0)
+                                      : (i * ROWS < k_left - row ? wide : 0);
+            gemm_copy8<ALIGNED>(tile + offset + i * ROWS * 128, from, valid, wanted);
+            from += K_MAJOR && i == PASSES - 1 ? GEMM_BK - (PASSES - 1) * step : step;
+        }
+    }
+};
+
+// The copies of a CTA's tiles, in order: those of the main product, then the pair's.
+template <class Tile, bool K_MAJOR, bool ALIGNED, bool MAIN_B> class GemmCopies {
+    GemmCopy<true, Tile::BM, Tile::THREADS> a;
+    GemmCopy<K_MAJOR, Tile::BN, Tile::THREADS> b;
+    int to_main, to_end; // tiles left
+    int k_left;
+
+  public:
+    __device__ __forceinline__ GemmCopies(const GemmParams &p, int m0, int n0) {
+        to_main = ceil_div(p.main.k, GEMM_BK);
+        to_end = to_main + ceil_div(p.pair.k, GEMM_BK);
+        k_left = p.main.k;
+        a.aim(p.main.a, p.main.lda, m0, p.m);
+        b.aim(p.main.b, p.main.ldb, n0, p.n);
+    }
+
+    // To be called before each tile.
+    __device__ __forceinline__ void next(const GemmParams &p, int m0, int n0) {
+        if (to_main != 0) return;
+        k_left = p.pair.k;
+        a.aim(p.pair.a, p.pair.lda, m0, p.m);
+        b.aim(p.pair.b, p.pair.ldb, n0, p.n);
+    }
+
+    // Quarter `i` of the tile, from 0 to 3 in order; nothing where there is none. The last ends the tile.
+    __device__ __forceinline__ void quarter(unsigned char *stage, int i) {
+        a.template quarter<ALIGNED>(stage, i, k_left, to_end > 0);
+        b.template quarter<ALIGNED>(stage + Tile::A_BYTES, i, k_left, to_end > 0 && (MAIN_B || to_main <= 0));
+        if (i < 3) return;
+        cp_async_commit();
+        --to_main;
+        --to_end;
+        k_left -= GEMM_BK;
+    }
+};
 
 // Where the main product's b comes from: memory, in bf16. See nf4_gemm.cu for sources that make it up.
 struct Bf16Source {
     static constexpr bool DECODES = false;
     static constexpr size_t SHARED_BYTES = 0;
-    static constexpr int CTAS = 2; // of an SM, what the registers must allow
+    static constexpr int CTAS = 1; // of an SM, what the registers must allow
     struct Params {};
     __device__ Bf16Source(const Params &, unsigned char *, int) {}
     __device__ void fetch(int) {}                  // asks for this thread's share of a tile
     __device__ void start() {}                     // what was fetched is decoded next
-    __device__ void decode(unsigned char *, int) {} // a quarter of the share, to its place in the tile
+    __device__ void decode(unsigned char *, int, bool) {} // a quarter of it, to its place in the tile if wanted
 };
 
 // One warp's 16 columns of k: fragments of a (WM x 16) and of b (16 x WN).
@@ -203,6 +246,7 @@ template <class Tile, class Source, bool K_MAJOR, bool ALIGNED>
 __global__ void __launch_bounds__(Tile::THREADS, Source::CTAS)
 gemm_kernel(const GemmParams p, const typename Source::Params w) {
     static_assert(Tile::RING_BYTES + Source::SHARED_BYTES <= MAX_SHARED_BYTES, "for cards with 100 KiB an SM");
+    static_assert(!Source::DECODES || Tile::THREADS == 2 * Tile::BN, "half a block of 64 a thread and tile");
     extern __shared__ __align__(1024) unsigned char shared[];
     const int tiles_m = ceil_div(p.m, Tile::BM), tiles_n = ceil_div(p.n, Tile::BN);
     const int of_group = GEMM_RASTER_ROWS * tiles_n;
@@ -210,26 +254,6 @@ gemm_kernel(const GemmParams p, const typename Source::Params w) {
     const int rows = min(tiles_m - first_m, GEMM_RASTER_ROWS);
     const int m0 = (first_m + in_group % rows) * Tile::BM, n0 = in_group / rows * Tile::BN;
     const int main_tiles = ceil_div(p.main.k, GEMM_BK), tiles = main_tiles + ceil_div(p.pair.k, GEMM_BK);
-
-    // Starts tile t on its way to its stage; a group without copies where there is none.
-    const auto load = [&](int t, int stage_of_t) {
-        if (t < tiles) {
-            const bool is_main = t < main_tiles;
-            const bf16 *a = is_main ? p.main.a : p.pair.a, *b = is_main ? p.main.b : p.pair.b;
-            const int64_t lda = is_main ? p.main.lda : p.pair.lda, ldb = is_main ? p.main.ldb : p.pair.ldb;
-            const int k = is_main ? p.main.k : p.pair.k, k0 = (is_main ? t : t - main_tiles) * GEMM_BK;
-            unsigned char *stage = shared + stage_of_t * Tile::STAGE_BYTES;
-            gemm_load_k_major<Tile::BM, Tile::THREADS, ALIGNED>(stage, a, lda, m0, p.m, k0, k);
-            if (!Source::DECODES || !is_main) {
-                unsigned char *to = stage + Tile::A_BYTES;
-                if constexpr (K_MAJOR)
-                    gemm_load_k_major<Tile::BN, Tile::THREADS, ALIGNED>(to, b, ldb, n0, p.n, k0, k);
-                else
-                    gemm_load_n_major<Tile::BN, Tile::THREADS, ALIGNED>(to, b, ldb, n0, p.n, k0, k);
-            }
-        }
-        cp_async_commit();
-    };
 
     float acc[Tile::WM / 16][Tile::WN / 8][4];
 #pragma unroll
@@ -241,52 +265,66 @@ gemm_kernel(const GemmParams p, const typename Source::Params w) {
 
     Source source(w, shared + Tile::RING_BYTES, n0);
     source.fetch(0);
+    GemmCopies<Tile, K_MAJOR, ALIGNED, !Source::DECODES> copies(p, m0, n0);
 #pragma unroll
-    for (int t = 0; t < Tile::STAGES - 1; ++t) load(t, t);
+    for (int t = 0; t < Tile::STAGES - 1; ++t) {
+        copies.next(p, m0, n0);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) copies.quarter(shared + t * Tile::STAGE_BYTES, i);
+    }
     if constexpr (Source::DECODES) {
         source.start();
         source.fetch(1);
 #pragma unroll
-        for (int part = 0; part < 4; ++part) source.decode(shared + Tile::A_BYTES, part);
+        for (int i = 0; i < 4; ++i) source.decode(shared + Tile::A_BYTES, i, true);
     }
-
+    cp_async_wait<Tile::STAGES - 2>();
+    __syncthreads();
     GemmFragments<Tile> f[2];
+    f[0].template load<K_MAJOR>(shared_address(shared), 0);
+
     int stage = 0, free_stage = Tile::STAGES - 1;
     for (int t = 0; t < tiles; ++t) {
-        // Tile t is here, and everyone has left tile t - 1, whose stage is filled next.
-        cp_async_wait<Tile::STAGES - 2>();
-        __syncthreads();
+        // Here tile t is in its stage, its first fragments are in f[0], and everyone has read all of tile t - 1.
         const uint32_t from = shared_address(shared + stage * Tile::STAGE_BYTES);
-        f[0].template load<K_MAJOR>(from, 0);
-        load(t + Tile::STAGES - 1, free_stage);
+        unsigned char *const to = shared + free_stage * Tile::STAGE_BYTES;
         free_stage = stage;
         stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
-        const bool decodes = Source::DECODES && t + 1 < main_tiles;
-        unsigned char *decoded = shared + stage * Tile::STAGE_BYTES + Tile::A_BYTES;
-        if (decodes) {
+        const uint32_t next = shared_address(shared + stage * Tile::STAGE_BYTES);
+        copies.next(p, m0, n0);
+        unsigned char *const decoded = shared + stage * Tile::STAGE_BYTES + Tile::A_BYTES;
+        if constexpr (Source::DECODES) {
             source.start();
             source.fetch(t + 2);
         }
         const int depth = t < main_tiles ? p.main.k - t * GEMM_BK : p.pair.k - (t - main_tiles) * GEMM_BK;
         if (depth > GEMM_BK - 16) {
 #pragma unroll
-            for (int step = 0; step < 4; ++step) {
-                if (step < 3) f[(step + 1) % 2].template load<K_MAJOR>(from, step + 1);
+            for (int step = 0; step < 3; ++step) {
+                f[(step + 1) % 2].template load<K_MAJOR>(from, step + 1);
                 f[step % 2].multiply(acc);
-                if (decodes) source.decode(decoded, step);
+                copies.quarter(to, step);
+                source.decode(decoded, step, t + 1 < main_tiles);
             }
+            copies.quarter(to, 3);
+            source.decode(decoded, 3, t + 1 < main_tiles);
         } else {
-            // The last tile of a product: a rank of 16 takes a quarter of it.
-            f[0].multiply(acc);
+            // The last tile of a product: a rank of 16 takes a quarter of it. Nothing is decoded behind it.
+            f[1] = f[0];
 #pragma unroll 1
             for (int step = 1; 16 * step < depth; ++step) {
-                f[0].template load<K_MAJOR>(from, step);
-                f[0].multiply(acc);
+                f[1].multiply(acc);
+                f[1].template load<K_MAJOR>(from, step);
             }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) copies.quarter(to, i);
         }
+        // The last step's products run while the next tile's first fragments are read.
+        cp_async_wait<Tile::STAGES - 2>();
+        __syncthreads();
+        if (t + 1 < tiles) f[0].template load<K_MAJOR>(next, 0);
+        f[1].multiply(acc);
     }
-    cp_async_wait<0>();
-    __syncthreads();
     gemm_finish<Tile>(p, shared, acc, m0, n0);
 }
 

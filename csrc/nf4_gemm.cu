@@ -83,7 +83,7 @@ template <bool FORWARD> class Nf4Source {
         }
     }
 
-    __device__ __forceinline__ void decode(unsigned char *tile, int part) const {
+    __device__ __forceinline__ void decode(unsigned char *tile, int part, bool wanted) const {
         // Of each nibble the lower 3 bits pick among 8 values, twice, and the upper bit picks one of the two.
         const uint32_t lower = word[part] & 0x77777777u, upper = (word[part] >> 1 & 0x44444444u) | 0x32103210u;
         uint32_t out[4];
@@ -95,7 +95,7 @@ template <bool FORWARD> class Nf4Source {
             out[2 * h] = __byte_perm(l, u, 0x4051);
             out[2 * h + 1] = __byte_perm(l, u, 0x6273);
         }
-        *reinterpret_cast<uint4 *>(share.at(tile, part)) = make_uint4(out[0], out[1], out[2], out[3]);
+        store_shared16(shared_address(share.at(tile, part)), out, wanted);
     }
 
   private:
@@ -128,7 +128,8 @@ template <bool FORWARD> class Nf4AnySource {
     __device__ void fetch(int) {}
     __device__ void start() { ++tile; }
 
-    __device__ __forceinline__ void decode(unsigned char *to, int part) const {
+    __device__ __forceinline__ void decode(unsigned char *to, int part, bool wanted) const {
+        if (!wanted) return;
         const int n = share.row + (FORWARD ? n0 : tile * GEMM_BK);
         const int k = share.col + 8 * part + (FORWARD ? tile * GEMM_BK : n0);
         uint32_t *out = reinterpret_cast<uint32_t *>(share.at(to, part));
