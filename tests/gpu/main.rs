@@ -6,7 +6,6 @@
 mod adamw;
 mod attention;
 mod bench;
-mod bench_gemm;
 mod cross_entropy;
 mod decode;
 mod device;
@@ -65,7 +64,6 @@ fn main() {
     // Only where asked for: nextest does not know libtest-mimic's word for a bench.
     if args.bench {
         trials.extend(bench::trials());
-        trials.extend(bench_gemm::trials());
     }
     let gpu = Cuda::open(0);
     if let Err(why) = &gpu {

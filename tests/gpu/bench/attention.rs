@@ -14,12 +14,16 @@ use super::{Bench, Row, bench_with};
 pub fn trials() -> Vec<Trial> {
     let both = [("sm90", Kernels::Sm90), ("sm80", Kernels::Sm80)];
     both.map(|(name, kernels)| {
-        bench_with(&format!("attention_{name}"), kernels, |b| {
-            run(b, 2048, 1, 128)?;
-            run(b, 8192, 4, 128)?;
-            run(b, 8192, 1, 128)?;
-            run(b, 8192, 1, 64)
-        })
+        bench_with(
+            &format!("attention_{name}"),
+            move |cuda| cuda.with_kernels(kernels),
+            |b| {
+                run(b, 2048, 1, 128)?;
+                run(b, 8192, 4, 128)?;
+                run(b, 8192, 1, 128)?;
+                run(b, 8192, 1, 64)
+            },
+        )
     })
     .into()
 }

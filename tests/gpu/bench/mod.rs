@@ -8,7 +8,9 @@
 
 mod attention;
 mod elementwise;
+mod linear;
 mod nf4;
+mod optimizer;
 mod products;
 
 use std::fs::File;
@@ -19,8 +21,8 @@ use std::time::Instant;
 use bytemuck::Pod;
 use half::bf16;
 use halfbyte::Error;
+use halfbyte::backend::cuda::Cuda;
 use halfbyte::backend::cuda::memory::Buffer;
-use halfbyte::backend::cuda::{Cuda, Kernels};
 use libtest_mimic::{Failed, Measurement, Trial};
 
 /// The shapes of Mistral-7B, at 8192 tokens.
@@ -34,7 +36,9 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(elementwise::trials());
     trials.extend(nf4::trials());
     trials.extend(products::trials());
+    trials.extend(linear::trials());
     trials.extend(attention::trials());
+    trials.extend(optimizer::trials());
     trials
 }
 
@@ -85,20 +89,21 @@ pub struct Bench {
 
 /// A trial whose `body` calls [`Bench::row`] for each way or shape.
 pub fn bench(name: &str, body: impl FnOnce(&mut Bench) -> Result<(), Error> + Send + 'static) -> Trial {
-    bench_with(name, Kernels::Sm90, body)
+    bench_with(name, |cuda| cuda, body)
 }
 
-/// The same with these kernels, or the card's best.
+/// The same on a device that `with` has set up.
 pub fn bench_with(
     name: &str,
-    kernels: Kernels,
+    with: impl FnOnce(Cuda) -> Cuda + Send + 'static,
     body: impl FnOnce(&mut Bench) -> Result<(), Error> + Send + 'static,
 ) -> Trial {
     Trial::bench(format!("bench/{name}"), move |test_mode| {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let cuda = Cuda::open(0)?.with_kernels(kernels);
-        let ceilings = if test_mode { Ceilings { copy: f64::NAN, product: f64::NAN } } else { ceilings(&cuda)? };
+        let mut cuda = Cuda::open(0)?;
+        let ceilings = if test_mode { Ceilings { copy: f64::NAN, product: f64::NAN } } else { ceilings(&mut cuda)? };
+        let cuda = with(cuda);
         let mut bench = Bench { cuda, timed: !test_mode, ceilings, last: None, _turn: turn };
         body(&mut bench)?;
         let last = bench
@@ -110,14 +115,13 @@ pub fn bench_with(
 
 impl Bench {
     /// Times `op`, whose argument counts launches, and adds a row.
-    pub fn row(&mut self, row: Row, mut op: impl FnMut(&Cuda, usize) -> Result<(), Error>) -> Result<(), Error> {
-        let cuda = &self.cuda;
+    pub fn row(&mut self, row: Row, op: impl FnMut(&mut Cuda, usize) -> Result<(), Error>) -> Result<(), Error> {
         if !self.timed {
-            return launches(cuda, |i| op(cuda, i))(1).map(|_| ());
+            return launches(&mut self.cuda, op)(1).map(|_| ());
         }
-        let times = time(cuda, |i| op(cuda, i))?;
+        let times = time(&mut self.cuda, op)?;
         self.last = Some(times);
-        report(cuda, self.ceilings, &row, times);
+        report(&self.cuda, self.ceilings, &row, times);
         Ok(())
     }
 
@@ -169,13 +173,16 @@ fn unit(i: usize) -> f32 {
 }
 
 /// Seconds a launch, over `count` launches in a row.
-fn launches(cuda: &Cuda, mut op: impl FnMut(usize) -> Result<(), Error>) -> impl FnMut(usize) -> Result<f64, Error> {
+fn launches(
+    cuda: &mut Cuda,
+    mut op: impl FnMut(&mut Cuda, usize) -> Result<(), Error>,
+) -> impl FnMut(usize) -> Result<f64, Error> {
     let mut number = 0;
     move |count| {
         cuda.synchronize()?;
         let start = Instant::now();
         for _ in 0..count {
-            op(number)?;
+            op(cuda, number)?;
             number += 1;
         }
         cuda.synchronize()?;
@@ -184,11 +191,11 @@ fn launches(cuda: &Cuda, mut op: impl FnMut(usize) -> Result<(), Error>) -> impl
 }
 
 /// Nine rounds of about 20 ms each, after a warm-up of as long.
-fn time(cuda: &Cuda, op: impl FnMut(usize) -> Result<(), Error>) -> Result<Times, Error> {
+fn time(cuda: &mut Cuda, op: impl FnMut(&mut Cuda, usize) -> Result<(), Error>) -> Result<Times, Error> {
     let mut round = launches(cuda, op);
     round(2)?;
     let once = round(5)?;
-    let count = ((0.02 / once) as usize).clamp(4, 2000);
+    let count = ((0.02 / once) as usize).clamp(2, 2000);
     round(count)?;
     let mut times = (0..9).map(|_| round(count)).collect::<Result<Vec<_>, _>>()?;
     times.sort_by(f64::total_cmp);
@@ -196,7 +203,7 @@ fn time(cuda: &Cuda, op: impl FnMut(usize) -> Result<(), Error>) -> Result<Times
 }
 
 /// Measured by the first trial, for all.
-fn ceilings(cuda: &Cuda) -> Result<Ceilings, Error> {
+fn ceilings(cuda: &mut Cuda) -> Result<Ceilings, Error> {
     static MEASURED: OnceLock<Ceilings> = OnceLock::new();
     if let Some(&measured) = MEASURED.get() {
         return Ok(measured);
@@ -204,7 +211,7 @@ fn ceilings(cuda: &Cuda) -> Result<Ceilings, Error> {
     let n = F * C;
     let from = [cuda.zeros::<bf16>(n)?, cuda.zeros::<bf16>(n)?];
     let mut to = [cuda.zeros::<bf16>(n)?, cuda.zeros::<bf16>(n)?];
-    let copy = time(cuda, |i| cuda.copy(to[i % 2].view_mut(), from[i % 2].view()))?;
+    let copy = time(cuda, |cuda, i| cuda.copy(to[i % 2].view_mut(), from[i % 2].view()))?;
     let bytes = 4 * n;
     let found = Ceilings { copy: bytes as f64 / copy.median, product: cuda.gemm_rate(T, C, C)? };
     let row = Row { op: "copy", shape: "14336x4096 bf16", implementation: "driver", bytes, flops: 0.0 };

@@ -1,5 +1,5 @@
-//! The products of a step at the shapes of Mistral-7B: gemm, nf4_gemm both ways with LoRA's columns in the same loop,
-//! cuBLAS where it is there, and the LoRA side alone.
+//! The large products at the shapes of Mistral-7B: gemm, beside cuBLAS where it is there, and nf4_gemm, forward and
+//! backward, with LoRA's columns in the same loop; the skinny products of LoRA alone.
 
 use half::bf16;
 use halfbyte::Error;
@@ -17,7 +17,9 @@ use super::{Bench, C, F, Row, T, bench};
 
 /// (N, K) of q|k|v, o, gate|up, down.
 const LINEARS: [(usize, usize); 4] = [(6144, C), (C, C), (2 * F, C), (C, F)];
-const TOKENS: [usize; 3] = [512, 2048, T];
+/// The gate alone serves for the smaller ones.
+const TOKENS: [usize; 2] = [2048, T];
+const FEW_TOKENS: [usize; 4] = [16, 64, 256, 512];
 /// Rank of LoRA.
 const R: usize = 16;
 
@@ -25,42 +27,57 @@ pub fn trials() -> Vec<Trial> {
     vec![bench("gemm", dense), bench("nf4_gemm", quantized), bench("lora", lora)]
 }
 
+/// (N, K) and the numbers of tokens to time it with.
+fn shapes() -> impl Iterator<Item = ((usize, usize), &'static [usize])> {
+    let many = LINEARS.into_iter().map(|linear| (linear, &TOKENS[..]));
+    std::iter::once(((F, C), &FEW_TOKENS[..])).chain(many)
+}
+
 fn dense(b: &mut Bench) -> Result<(), Error> {
-    for (n, k) in LINEARS {
-        let (a, w) = (b.activations(T * k, 1.0)?, b.activations(n * k, 0.02)?);
-        let mut c = b.cuda.zeros::<bf16>(T * n)?;
-        for m in TOKENS {
-            let shape = format!("{m}x{n}x{k}");
-            let (bytes, flops) = (2 * (m * k + n * k + m * n), 2.0 * (m * n * k) as f64);
-            let row = |implementation| Row { op: "gemm", shape: &shape, implementation, bytes, flops };
-            b.row(row("own"), |cuda, _| {
-                let c = Out::Bf16(c.view_mut());
-                let (a, b) = (a.view(), w.view());
-                let (pair, bias, alpha, accumulate) = (None, None, 1.0, false);
-                let g = Gemm {
-                    c,
-                    ldc: n,
-                    a,
-                    lda: k,
-                    b,
-                    ldb: k,
-                    b_transposed: true,
-                    pair,
-                    bias,
-                    alpha,
-                    accumulate,
-                    m,
-                    n,
-                    k,
-                };
-                gemm(cuda, g)
-            })?;
+    for ((n, k), tokens) in shapes() {
+        let (x, h) = (b.activations(T * n.max(k), 1.0)?, b.activations(T * R, 1.0)?);
+        let (w, lora) = (b.activations(n * k, 0.02)?, b.activations(n.max(k) * R, 0.02)?);
+        let mut y = b.cuda.zeros::<bf16>(T * n.max(k))?;
+        for &m in tokens {
+            // c (m, n) = x (m, k) · Wᵀ and c (m, k) = dy (m, n) · W, with the columns of B or A.
+            for (op, b_transposed, cols, depth) in [("gemm forward", true, n, k), ("gemm backward", false, k, n)] {
+                let shape = format!("{m}x{cols}x{depth} r=16");
+                let bytes = 2 * (m * (cols + depth + R) + n * k + cols * R);
+                let row = Row { op, shape: &shape, implementation: "own", bytes, flops: flops(m, cols, depth + R) };
+                b.row(row, |cuda, _| {
+                    let ldb = if b_transposed { R } else { cols };
+                    let g = Gemm {
+                        c: Out::Bf16(y.view_mut()),
+                        ldc: cols,
+                        a: x.view(),
+                        lda: depth,
+                        b: w.view(),
+                        ldb: k,
+                        b_transposed,
+                        pair: Some(Pair { a: h.view(), lda: R, b: lora.view(), ldb, k: R }),
+                        bias: None,
+                        alpha: 1.0,
+                        accumulate: false,
+                        m,
+                        n: cols,
+                        k: depth,
+                    };
+                    gemm(cuda, g)
+                })?;
+            }
             if b.cuda.has_cublas() {
-                b.row_of(row("cublas"), |cuda| Ok(flops / cuda.gemm_rate(m, n, k)?))?;
+                let (shape, flops) = (format!("{m}x{n}x{k}"), flops(m, n, k));
+                let bytes = 2 * (m * (n + k) + n * k);
+                let row = Row { op: "gemm forward", shape: &shape, implementation: "cublas", bytes, flops };
+                b.row_of(row, |cuda| Ok(flops / cuda.gemm_rate(m, n, k)?))?;
             }
         }
     }
     Ok(())
+}
+
+fn flops(m: usize, n: usize, k: usize) -> f64 {
+    2.0 * (m * n) as f64 * k as f64
 }
 
 /// A weight (n, k) in 4 bits, double-quantised.
@@ -98,25 +115,34 @@ impl Quantized {
 }
 
 fn quantized(b: &mut Bench) -> Result<(), Error> {
-    for (n, k) in LINEARS {
+    for ((n, k), tokens) in shapes() {
         let w = Quantized::new(b, n, k)?;
-        let (x, h, lora) =
-            (b.activations(T * n.max(k), 1.0)?, b.activations(T * R, 1.0)?, b.activations(n.max(k) * R, 0.02)?);
+        let (x, h) = (b.activations(T * n.max(k), 1.0)?, b.activations(T * R, 1.0)?);
+        let lora = b.activations(n.max(k) * R, 0.02)?;
         let mut y = b.cuda.zeros::<bf16>(T * n.max(k))?;
-        for m in TOKENS {
+        for &m in tokens {
             let ways =
                 [("nf4_gemm forward", Direction::Forward, n, k), ("nf4_gemm backward", Direction::Backward, k, n)];
             for (op, direction, cols, depth) in ways {
                 let shape = format!("{m}x{cols}x{depth} r=16");
                 let bytes = 2 * m * (cols + depth + R) + w.bytes() + 2 * cols * R;
-                let flops = 2.0 * (m * cols * (depth + R)) as f64;
-                b.row(Row { op, shape: &shape, implementation: "own", bytes, flops }, |cuda, _| {
+                let row = Row { op, shape: &shape, implementation: "own", bytes, flops: flops(m, cols, depth + R) };
+                b.row(row, |cuda, _| {
                     // B (n, r) forward, A (r, k) backward.
-                    let ldb = if direction == Direction::Forward { R } else { k };
-                    let pair = Some(Pair { a: h.view(), lda: R, b: lora.view(), ldb, k: R });
-                    let (c, a, w) = (y.view_mut(), x.view(), w.view());
-                    let (bias, accumulate) = (None, false);
-                    nf4_gemm(cuda, Nf4Gemm { c, ldc: cols, a, lda: depth, w, direction, pair, bias, accumulate, m })
+                    let ldb = if direction == Direction::Forward { R } else { cols };
+                    let g = Nf4Gemm {
+                        c: y.view_mut(),
+                        ldc: cols,
+                        a: x.view(),
+                        lda: depth,
+                        w: w.view(),
+                        direction,
+                        pair: Some(Pair { a: h.view(), lda: R, b: lora.view(), ldb, k: R }),
+                        bias: None,
+                        accumulate: false,
+                        m,
+                    };
+                    nf4_gemm(cuda, g)
                 })?;
             }
         }
