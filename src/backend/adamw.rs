@@ -176,6 +176,16 @@ impl StateLayout {
     }
 }
 
+/// Parameter groups there is room for at least on a device.
+pub const MIN_GROUPS: usize = 64;
+/// Bytes of a row of a device's tables: of a group, of a tensor.
+pub const TABLE_ROW: usize = 16;
+
+/// Bytes of the tables of groups and of tensors that a device keeps beside the state, for an adapter of `tensors` tensors.
+pub fn tables(tensors: usize) -> [usize; 2] {
+    [tensors.max(MIN_GROUPS) * TABLE_ROW, tensors.max(1) * TABLE_ROW]
+}
+
 /// A range of the trainable weights with settings of its own.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParamGroup {

@@ -76,6 +76,8 @@ pub trait Backend: Sized {
     fn reserved(&self) -> Option<(usize, usize)> {
         None
     }
+    /// Whether the state of optimizers made from now on had better live in host memory.
+    fn prefer_optimizer_on_host(&mut self, _yes: bool) {}
     /// What the allocations that follow are for: the rows of the plan's table.
     fn label(&mut self, _item: Item) {}
     /// Makes the scratch that the ops themselves need for models and micro-batches up to `needs`.

@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::random_weights::RandomWeights;
 use crate::backend::{Backend, Batch, Dropout, HostBatch, Item, NewOptimizer, OptimKind, ParamGroup};
 use crate::error::Result;
+use crate::memory;
 use crate::model::{AdamwSettings, HostAdapter, Model, ModelConfig, ModelOptions, Proj};
 
 /// What is timed.
@@ -83,8 +84,10 @@ pub fn run<B: Backend>(
     let mut model = Model::load(backend, spec.config, &mut source, Some(spec.adapter), options, &mut |_| {})?;
     backend.label(Item::Batch);
     let mut device = Batch::new(backend, t)?;
+    backend.label(Item::Optimizer);
     let (init, tensors) = (&spec.adapter.weights, &spec.adapter.layout.tensor_lens());
     let mut state = backend.new_optimizer(NewOptimizer { kind: spec.optim, init, tensors })?;
+    memory::check(backend)?;
     let load_seconds = start.elapsed().as_secs_f64();
 
     device.fill(backend, &batch(spec.config, spec.batch, spec.length), 1.0 / t as f32)?;

@@ -251,6 +251,7 @@ fn measure<B: Backend>(
     };
     let layers = match &plan {
         Some(plan) => {
+            backend.prefer_optimizer_on_host(!plan.optimizer_on_device);
             backend.reserve(plan.device_bytes)?;
             plan.layers.clone()
         }

@@ -3,16 +3,16 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use halfbyte::backend::{Backend, Batch};
+use halfbyte::backend::{Backend, Batch, Item};
 use halfbyte::checkpoint::{ModelDir, QuantConfig};
 use halfbyte::data::{self, DataOptions, Overlong, Row, Tokenizer};
 use halfbyte::model::HostAdapter;
 use halfbyte::train::eval::EvalResult;
-use halfbyte::{Result, train};
+use halfbyte::{Result, memory, train};
 use serde_json::json;
 
 use super::args::{DeviceArgs, QuantizeArgs};
-use super::load::{self, with_backend};
+use super::load::{self, Room, with_backend};
 use super::output::{self, Out, note, put};
 use super::progress::{Progress, Unit};
 
@@ -142,8 +142,10 @@ fn evaluate<B: Backend>(
     batch_size: usize,
     capacity: usize,
 ) -> Result<Option<EvalResult>> {
-    let mut model = load::model(backend, dir, quantize, adapter, capacity)?;
+    let mut model = load::model(backend, dir, quantize, adapter, capacity, Some(Room::Batch))?;
+    backend.label(Item::Batch);
     let mut batch = Batch::new(backend, capacity)?;
+    memory::check(backend)?;
     let mut bar = Progress::new("evaluating", Unit::Count("rows"));
     let result = train::evaluate(backend, &mut model, &mut batch, rows, batch_size, &mut |done, total| {
         bar.set(done, total);

@@ -11,7 +11,7 @@ use halfbyte::{Error, Result};
 use serde_json::json;
 
 use super::args::{DeviceArgs, QuantizeArgs};
-use super::load::{self, with_backend};
+use super::load::{self, Room, with_backend};
 use super::output::{Out, note};
 
 #[derive(Args, Debug)]
@@ -113,8 +113,9 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         }
     };
     let (quantize, chunk) = (args.quantize.config(), ids.len().min(PREFILL));
+    let cache = ids.len() + sampling.max_new_tokens;
     let made = with_backend!(&mut backend, |b| {
-        let mut model = load::model(b, &dir, quantize, adapter.as_ref(), chunk)?;
+        let mut model = load::model(b, &dir, quantize, adapter.as_ref(), chunk, Some(Room::Cache(cache)))?;
         generate::generate(b, &mut model, &tokenizer, &ids, &sampling, &mut on_text)
     })?;
     if let Some(e) = failed {

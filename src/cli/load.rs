@@ -7,6 +7,7 @@ use halfbyte::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use halfbyte::backend::cuda::Cuda;
 use halfbyte::checkpoint::{ModelDir, QuantConfig, peft};
+use halfbyte::memory;
 use halfbyte::model::{HostAdapter, Model, ModelOptions};
 use halfbyte::nf4::QuantType;
 use halfbyte::{Error, Result};
@@ -106,14 +107,51 @@ pub fn adapter(dir: Option<&Path>, model: &ModelDir) -> Result<Option<HostAdapte
     dir.map(|dir| peft::load(dir, model.config())).transpose()
 }
 
-/// Loads a model for forward passes of at most `max_tokens` tokens.
+/// What a command needs on the device beside the model.
+pub enum Room {
+    /// A batch of as many tokens as the model takes at a time.
+    Batch,
+    /// A cache of so many tokens.
+    Cache(usize),
+}
+
+/// Sets aside what the model and `room` will take, if the device has memory of its own.
+/// Errors: it has less free than that ([`Error::Flag`], what is needed and the largest items).
+fn reserve<B: Backend>(
+    backend: &mut B,
+    dir: &ModelDir,
+    quantize: Option<QuantConfig>,
+    adapter: Option<&HostAdapter>,
+    max_tokens: usize,
+    room: &Room,
+) -> Result<()> {
+    let Some(free) = backend.free_memory()? else { return Ok(()) };
+    let format = |name: &str| dir.format(name, quantize);
+    let (batch, cache) = match room {
+        Room::Batch => (true, 0),
+        Room::Cache(tokens) => (false, *tokens),
+    };
+    let items = memory::forward_bytes(dir.config(), &format, adapter, max_tokens, batch, cache)?;
+    let bytes = items.values().sum();
+    if bytes > free {
+        return Err(memory::too_large(free, &items));
+    }
+    backend.reserve(bytes)
+}
+
+/// Loads a model for forward passes of at most `max_tokens` tokens. With `room`, its memory and that of what comes after are
+/// taken as one.
 pub fn model<B: Backend>(
     backend: &mut B,
     dir: &ModelDir,
     quantize: Option<QuantConfig>,
     adapter: Option<&HostAdapter>,
     max_tokens: usize,
+    room: Option<Room>,
 ) -> Result<Model<B>> {
+    if let Some(room) = room {
+        reserve(backend, dir, quantize, adapter, max_tokens, &room)?;
+    }
     let mut bar = Progress::new(format!("loading {}", dir.path().display()), Unit::Count("layers"));
     let layers = dir.config().num_hidden_layers as u64;
     let options = ModelOptions::inference(max_tokens);

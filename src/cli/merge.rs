@@ -131,7 +131,7 @@ fn probe<B: Backend>(backend: &mut B, base: &ModelDir, adapter: &HostAdapter, me
     let t = tokens.len();
     let batch = HostBatch { targets: vec![IGNORE; t], cu_seqlens: vec![0, t as i32], tokens };
     let mut logits = |dir: &ModelDir, adapter: Option<&HostAdapter>| {
-        let mut model = load::model(backend, dir, None, adapter, t)?;
+        let mut model = load::model(backend, dir, None, adapter, t, None)?;
         let mut device = Batch::new(backend, t)?;
         device.fill(backend, &batch, 1.0)?;
         model.logits(backend, &device, &(0..t).collect::<Vec<_>>())

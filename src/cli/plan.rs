@@ -255,7 +255,7 @@ fn beyond(length: usize, config: &ModelConfig) -> String {
 }
 
 /// Rows of the table in the order of a run's life.
-const ITEMS: [Item; 8] = [
+const ITEMS: [Item; 9] = [
     Item::Embedding,
     Item::Weights,
     Item::Adapter,
@@ -264,6 +264,7 @@ const ITEMS: [Item; 8] = [
     Item::Scratch,
     Item::Workspace,
     Item::Batch,
+    Item::Optimizer,
 ];
 
 fn table(plan: &Plan) -> Vec<String> {
@@ -275,7 +276,7 @@ fn table(plan: &Plan) -> Vec<String> {
         rows.push(vec![memory::item_name(item).into(), size(plan.item(item)), optional(host)]);
     }
     let (device, host) = if plan.optimizer_on_device { (plan.optimizer_bytes, 0) } else { (0, plan.optimizer_bytes) };
-    rows.push(vec!["optimizer (managed)".into(), optional(device), optional(host)]);
+    rows.push(vec!["AdamW's state (managed)".into(), optional(device), optional(host)]);
     rows.push(vec!["total".into(), size(plan.total()), optional(plan.host_bytes + host)]);
     rows.push(vec!["budget".into(), size(plan.budget)]);
     rows.push(vec!["head room".into(), size(plan.head_room())]);

@@ -7,6 +7,8 @@
 //!
 //! The layers that keep least lie at the bottom: their inputs have the longest way to the host and back.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::card::Card;
@@ -301,17 +303,29 @@ pub fn item_name(item: Item) -> &'static str {
         Item::Workspace => "workspace of the ops",
         Item::Batch => "batch",
         Item::KvCache => "key-value cache",
-        Item::Optimizer => "optimizer",
+        Item::Optimizer => "optimizer's tables",
     }
+}
+
+/// The three largest items, in words.
+fn largest_items(items: &BTreeMap<Item, usize>) -> String {
+    let mut items: Vec<(Item, usize)> = items.iter().map(|(&i, &b)| (i, b)).collect();
+    items.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
+    items.iter().take(3).map(|&(i, b)| format!("{} {}", item_name(i), size(b))).collect::<Vec<_>>().join(", ")
+}
+
+/// The error of a model that is not to be trained and does not fit into `free` bytes.
+pub fn too_large(free: usize, items: &BTreeMap<Item, usize>) -> Error {
+    let needed = size(items.values().sum());
+    let expected =
+        format!("at least {needed} (largest: {}); shorter rows or --load-in-4bit take less", largest_items(items));
+    Error::flag("memory", format!("{} free on the GPU", size(free)), expected)
 }
 
 /// One error: what is needed, the largest items, and what would fit.
 fn does_not_fit(of: &Request) -> Result<Error> {
     let least = frugal(of)?;
     let (length, batch) = (of.tokens / of.sequences.max(1), of.sequences.max(1));
-    let mut items: Vec<(Item, usize)> = least.items.iter().map(|(&i, &b)| (i, b)).collect();
-    items.sort_by_key(|&(_, bytes)| std::cmp::Reverse(bytes));
-    let largest: Vec<String> = items.iter().take(3).map(|&(i, b)| format!("{} {}", item_name(i), size(b))).collect();
     let mut ways = vec![];
     if of.mode == Mode::KeepAll && anything_fits(&Request { mode: Mode::Auto, ..*of })? {
         ways.push("gradient_checkpointing left out or true".to_string());
@@ -342,7 +356,8 @@ fn does_not_fit(of: &Request) -> Result<Error> {
         0 => size(least.total()),
         host => format!("{} and {} of host memory", size(least.total()), size(host)),
     };
-    let expected = format!("at least {needed} for {batch} × {length} tokens (largest: {}); {ways}", largest.join(", "));
+    let expected =
+        format!("at least {needed} for {batch} × {length} tokens (largest: {}); {ways}", largest_items(&least.items));
     Ok(Error::flag("memory", found, expected))
 }
 

@@ -139,8 +139,11 @@ impl Meter {
         std::mem::take(&mut self.work)
     }
 
-    /// AdamW's state without anything to start it from.
-    pub fn optimizer(&self, kind: OptimKind, tensors: &[usize]) -> Optimizer {
+    /// AdamW's state without anything to start it from. Its tables lie with everything else, the state does not.
+    pub fn optimizer(&mut self, kind: OptimKind, tensors: &[usize]) -> Optimizer {
+        for bytes in adamw::tables(tensors.len()) {
+            self.take(bytes);
+        }
         Optimizer { weights: tensors.iter().sum(), bytes: super::optimizer_bytes(kind, tensors) }
     }
 

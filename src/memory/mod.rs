@@ -13,12 +13,12 @@ pub mod size;
 mod tests;
 
 pub use card::{CARDS, Card};
-pub use choose::{Mode, default_budget, item_name, largest_batch, largest_length, plan};
+pub use choose::{Mode, default_budget, item_name, largest_batch, largest_length, plan, too_large};
 pub use meter::{Meter, Work};
 pub use plan::{Plan, Request, describe_layers, forward_bytes, measure};
 pub use size::{parse_size, size};
 
-use crate::backend::adamw::MOMENT_BLOCK;
+use crate::backend::adamw::{MOMENT_BLOCK, StateLayout};
 use crate::backend::workspace::CUBLAS_BYTES;
 use crate::backend::{Backend, OptimKind};
 use crate::error::{Error, Result};
@@ -39,7 +39,7 @@ pub fn budget(flag: &str, text: Option<&str>, free: usize, card: &Card) -> Resul
     Ok(bytes)
 }
 
-/// Whether a model and its batch have taken exactly what was reserved for them: what the plan counted.
+/// Whether a model, its batch and its optimizer have taken exactly what was reserved for them: what the plan counted.
 pub fn check<B: Backend>(backend: &B) -> Result<()> {
     let Some((used, reserved)) = backend.reserved() else { return Ok(()) };
     // Where cuBLAS is missing its workspace stays free.
@@ -60,11 +60,6 @@ pub fn host_memory() -> usize {
 
 /// Bytes of AdamW's state: f32 master weights, and two moments in f32 or in 8 bits with an absmax for each block.
 pub fn optimizer_bytes(kind: OptimKind, tensors: &[usize]) -> usize {
-    let weights: usize = tensors.iter().sum();
-    match kind {
-        OptimKind::AdamwTorch | OptimKind::PagedAdamw32bit => 12 * weights,
-        OptimKind::PagedAdamw8bit => {
-            6 * weights + 8 * tensors.iter().map(|len| len.div_ceil(MOMENT_BLOCK)).sum::<usize>()
-        }
-    }
+    let blocks = tensors.iter().map(|len| len.div_ceil(MOMENT_BLOCK)).sum();
+    StateLayout::new(kind, tensors.iter().sum(), blocks).bytes
 }

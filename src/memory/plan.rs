@@ -37,7 +37,7 @@ pub struct Request<'a> {
 pub struct Plan {
     /// The choice for each layer.
     pub layers: Vec<LayerPlan>,
-    /// Device bytes of each item, without the optimizer.
+    /// Device bytes of each item; of the optimizer its tables alone.
     pub items: BTreeMap<Item, usize>,
     /// Their sum: the size of the arena.
     pub device_bytes: usize,
@@ -127,6 +127,8 @@ pub fn measure(of: &Request, layers: &[LayerPlan], optimizer_on_device: bool) ->
     (batch.b, batch.m) = (of.sequences.max(1), of.tokens);
     batch.max_seqlen = of.tokens.div_ceil(batch.b);
     let tensors = of.adapter.layout.tensor_lens();
+    meter.label(Item::Optimizer);
+    let mut state = meter.optimizer(of.optim, &tensors);
     meter.take_work();
 
     let p = of.adapter.config.lora_dropout;
@@ -134,7 +136,6 @@ pub fn measure(of: &Request, layers: &[LayerPlan], optimizer_on_device: bool) ->
     model.zero_grad(&mut meter)?;
     model.loss_and_grad(&mut meter, &batch, dropout)?;
     model.read_loss_and_norm(&mut meter)?;
-    let mut state = meter.optimizer(of.optim, &tensors);
     let settings = AdamwSettings { groups: vec![], beta1: 0.9, beta2: 0.999, eps: 1e-8, max_grad_norm: 1.0, step: 1 };
     model.optimizer_step(&mut meter, &mut state, &settings)?;
     Ok(Plan {

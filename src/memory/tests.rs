@@ -68,6 +68,7 @@ fn a_mistral_7b_takes_the_bytes_that_arithmetic_gives() {
     assert_eq!(plan.item(Item::Adapter), 2 * 41_943_040);
     assert_eq!(plan.item(Item::Gradients), 4 * 41_943_040);
     assert_eq!(plan.optimizer_bytes, 12 * 41_943_040);
+    assert_eq!(plan.item(Item::Optimizer), 2 * 16 * 448);
     // Per layer: the statistic of norm1 and h of down; and the two places of the ring.
     assert_eq!(plan.item(Item::Activations), 33 * t * (4 + 2 * 16) + 2 * t * 2 * 4096);
     assert_eq!(plan.host_bytes, 31 * t * 2 * 4096);

@@ -92,13 +92,14 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
     let mut model = setup::model(backend, config, &dir, &adapter, max_tokens, plan.as_ref(), ui)?;
     backend.label(Item::Batch);
     let batch = Batch::new(backend, max_tokens)?;
-    memory::check(backend)?;
     let tensors = adapter.layout.tensor_lens();
+    backend.label(Item::Optimizer);
     let mut optimizer = backend.new_optimizer(NewOptimizer {
         kind: config.optim_kind()?,
         init: &adapter.weights,
         tensors: &tensors,
     })?;
+    memory::check(backend)?;
     if let Some(saved) = &saved {
         backend.write_optimizer(&mut optimizer, saved)?;
         model.write_adapter(backend, &saved.master)?;

@@ -124,6 +124,7 @@ pub fn plan<B: Backend>(
         mode: Mode::of(config.gradient_checkpointing),
     })?;
     ui.note(&format!("memory: {}", plan.summary()));
+    backend.prefer_optimizer_on_host(!plan.optimizer_on_device);
     backend.reserve(plan.device_bytes)?;
     Ok(Some(plan))
 }

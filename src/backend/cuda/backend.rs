@@ -100,6 +100,10 @@ impl Backend for Cuda {
         self.arena_use()
     }
 
+    fn prefer_optimizer_on_host(&mut self, yes: bool) {
+        self.optimizer_on_host = yes;
+    }
+
     fn label(&mut self, item: Item) {
         self.item = Some(item);
     }
@@ -128,7 +132,8 @@ impl Backend for Cuda {
 
     fn new_optimizer(&mut self, of: NewOptimizer) -> Result<Optimizer> {
         self.count(table_bytes(of.tensors.len()));
-        Optimizer::new(self, of, Placement::Device)
+        let wanted = if self.optimizer_on_host { Placement::Host } else { Placement::Device };
+        Optimizer::new(self, of, wanted)
     }
 
     fn alloc_host(&mut self, len: usize) -> Result<Host> {

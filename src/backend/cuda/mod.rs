@@ -56,6 +56,8 @@ pub struct Cuda {
     /// What allocations are for now, and bytes by what they were for.
     item: Option<Item>,
     used: BTreeMap<Item, usize>,
+    /// The plan has no room on the card for the optimizer's state.
+    optimizer_on_host: bool,
 }
 
 /// How often the driver was asked for what a step may not ask for, and for replays.
@@ -160,6 +162,7 @@ impl Cuda {
             calls: Counters::default(),
             item: None,
             used: BTreeMap::new(),
+            optimizer_on_host: false,
         })
     }
 

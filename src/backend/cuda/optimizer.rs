@@ -14,7 +14,9 @@ use super::managed::{self, Pinned, Placement, Region};
 use super::memory::{Buffer, View, ViewMut};
 use super::ops::adamw::{self as ops, Adamw8bit, Adamw32bit, Factors, Group, Tensor};
 use super::{Cuda, driver_error};
-use crate::backend::adamw::{Blocks, M_ZERO, MOMENT_BLOCK, StateLayout, StepFactors, V_ZERO, sorted_groups};
+use crate::backend::adamw::{
+    Blocks, M_ZERO, MIN_GROUPS, MOMENT_BLOCK, StateLayout, StepFactors, TABLE_ROW, V_ZERO, sorted_groups, tables,
+};
 use crate::backend::{Moment, NewOptimizer, OptimKind, OptimizerState, ParamGroup};
 use crate::error::{Error, Result};
 
@@ -27,13 +29,10 @@ const IN_FLIGHT: usize = 2;
 /// Steps whose tables of groups may be on their way to the device at a time.
 const TABLES: usize = 4;
 
-/// Parameter groups there is room for at least.
-const MIN_GROUPS: usize = 64;
-
 /// Bytes of device memory that an optimizer takes besides its state, for an adapter of `tensors` tensors.
 pub fn table_bytes(tensors: usize) -> usize {
-    let round = |bytes: usize| bytes.next_multiple_of(super::memory::ALIGNMENT);
-    round(tensors.max(MIN_GROUPS) * size_of::<Group>()) + round(tensors.max(1) * size_of::<Tensor>())
+    const { assert!(size_of::<Group>() == TABLE_ROW && size_of::<Tensor>() == TABLE_ROW) };
+    tables(tensors).map(|bytes| bytes.next_multiple_of(super::memory::ALIGNMENT)).iter().sum()
 }
 
 /// What an update takes besides the state.
