@@ -1,4 +1,4 @@
-//! csrc/attention.cu, and csrc/attention_sm90.cu with attention_sm90_backward.cu: two sets of kernels behind the same arguments.
+//! csrc/attention.cu and attention_backward.cu, and the same for Hopper: attention_sm90.cu and attention_sm90_backward.cu.
 
 use half::bf16;
 

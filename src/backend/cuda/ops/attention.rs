@@ -1,4 +1,5 @@
-//! csrc/attention.cu behind checks, and csrc/attention_sm90*.cu where they serve: on Hopper, for heads of 64 and 128.
+//! csrc/attention*.cu behind checks: the kernels for any card, and on Hopper, for heads of 64 and 128, those of
+//! attention_sm90*.cu.
 //!
 //! Sequences lie end to end: `cu_seqlens` (B+1) holds where each starts, begins with 0, never falls, and ends with T. It is
 //! in device memory and not looked at here; it may end in repeats of T, which are empty sequences.
