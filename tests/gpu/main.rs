@@ -6,6 +6,7 @@
 mod adamw;
 mod attention;
 mod bench;
+mod bias;
 mod cross_entropy;
 mod decode;
 mod device;
@@ -47,6 +48,7 @@ fn main() {
     trials.extend(model::trials(&root));
     trials.extend(adamw::trials());
     trials.extend(attention::trials());
+    trials.extend(bias::trials());
     trials.extend(cross_entropy::trials());
     trials.extend(decode::trials());
     trials.extend(embedding::trials());

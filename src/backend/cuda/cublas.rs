@@ -9,6 +9,7 @@ use half::bf16;
 
 use super::Cuda;
 use super::memory::{Buffer, View};
+use super::ops::bias::{BiasRows, bias_rows};
 use super::ops::gemm::{Gemm, Out};
 use crate::error::{Error, Result};
 
@@ -163,7 +164,13 @@ pub(super) fn matmul(cuda: &Cuda, by: Products, mut g: Gemm) -> Result<()> {
             super::ops::gemm::gemm(cuda, first)?;
             g.accumulate = true;
         }
-        (None, bias) => return super::ops::gemm::gemm(cuda, Gemm { bias, ..g }),
+        (None, Some(bias)) => match &mut g.c {
+            Out::Bf16(y) if !g.accumulate && g.alpha == 1.0 => {
+                bias_rows(cuda, BiasRows { y: y.reborrow(), ld: g.ldc, bias, t: g.m, n: g.n })?;
+                g.accumulate = true;
+            }
+            _ => return super::ops::gemm::gemm(cuda, Gemm { bias: Some(bias), ..g }),
+        },
     }
     cublas.product(cuda, &g)
 }

@@ -11,6 +11,7 @@ use super::Cuda;
 use super::cublas::{Products, matmul};
 use super::matrix::{Data, Matrix};
 use super::memory::{View, ViewMut};
+use super::ops::bias::{BiasRows, bias_rows};
 use super::ops::gemm::{Gemm, Out, Pair};
 use super::ops::lora::{self, LoraBackward, LoraBackwardX, LoraExpand, LoraForward, LoraPart};
 use super::ops::nf4::Nf4Weight;
@@ -260,17 +261,23 @@ pub(super) fn forward(cuda: &Cuda, s: &mut Scratch, a: LinearForward<Cuda>) -> R
         }
         kind @ (LinearKind::Slice | LinearKind::SliceCublas) => {
             let by = if kind == LinearKind::Slice { Products::Own } else { Products::Cublas };
-            // One product for the whole group, if it needs nothing from its parts or they can come first.
-            let bare = pairs.iter().all(Option::is_none) && parts.iter().all(|p| p.bias.is_none());
-            let first = by == Products::Cublas && pairs.iter().all(Option::is_some);
+            // One product for the whole group, if its parts have nothing of their own, or all have what can come first.
+            let mut own = pairs.iter().zip(&parts).map(|(pair, part)| pair.is_some() || part.bias.is_some());
+            let bare = own.clone().all(|own| !own);
+            let first = by == Products::Cublas && own.all(|own| own);
             let group = if bare || first { widened_group(cuda, &parts, s.weights.view_mut())? } else { None };
             match group {
                 Some(b) => {
                     for (part, pair) in parts.iter().zip(pairs) {
-                        let Some(p) = pair else { continue };
-                        let c = y.reborrow().into_range(part.y..t * n);
-                        let product = of_part(c, n, (p.a, p.lda), p.b, None, part.bias, (t, part.n, p.k));
-                        matmul(cuda, Products::Own, product)?;
+                        let y = y.reborrow().into_range(part.y..t * n);
+                        match (pair, part.bias) {
+                            (Some(p), bias) => {
+                                let product = of_part(y, n, (p.a, p.lda), p.b, None, bias, (t, part.n, p.k));
+                                matmul(cuda, Products::Own, product)?;
+                            }
+                            (None, Some(bias)) => bias_rows(cuda, BiasRows { y, ld: n, bias, t, n: part.n })?,
+                            (None, None) => {}
+                        }
                     }
                     let product = of_part(y.reborrow(), n, (x, k), b, None, None, (t, n, k));
                     matmul(cuda, by, Gemm { accumulate: !bare, ..product })?;

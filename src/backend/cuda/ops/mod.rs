@@ -3,6 +3,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod bias;
 pub mod cross_entropy;
 pub mod decode;
 pub mod embedding;
