@@ -35,9 +35,15 @@ pub fn lora_scratch(t: usize, k: usize, n: usize, r: usize) -> usize {
     rows(k).max(rows(n) + cols(n) + fused_rows + fused_cols + cols(k))
 }
 
-/// f32 elements that attention of `t` new tokens over a cache needs.
-fn attention_decode_scratch(t: usize, heads: Heads) -> usize {
-    t * heads.h * (heads.d + 2) * 64
+/// Parts into which attention of `t` new tokens splits the cache. Many tokens fill the GPU by themselves.
+pub fn attention_decode_splits(t: usize) -> usize {
+    if t <= 8 { 32 } else { 4 }
+}
+
+/// f32 elements that attention of `t` new tokens over a cache, or of fewer, needs.
+pub fn attention_decode_scratch(t: usize, heads: Heads) -> usize {
+    let rows = (t * attention_decode_splits(t)).max(t.min(8) * attention_decode_splits(1));
+    rows * heads.h * (heads.d + 2)
 }
 
 /// Elements of each scratch buffer.

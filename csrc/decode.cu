@@ -1,0 +1,521 @@
+// Generation: linears of few tokens, bound by reading the weight once, and attention of new tokens over a cache.
+
+#include "mma.cuh"
+#include "nf4.cuh"
+
+// Of matvec, whose contract is at its launcher.
+struct Matvec {
+    void *y;
+    const bf16 *x;
+    const uint8_t *packed;
+    Nf4Absmax absmax;
+    const bf16 *w;
+    const bf16 *h, *b;
+    const bf16 *bias;
+    uint64_t ldy, ldh;
+    int32_t t, n, k, r;
+    int32_t y_is_f32;
+    QuantType quant_type;
+};
+static_assert(sizeof(Matvec) == 128, "as in src/backend/cuda/ffi/decode.rs");
+
+namespace {
+
+constexpr int MAX_T = 8;
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+constexpr int ROWS = 16; // of the weight, in one tensor-core product
+
+__device__ __forceinline__ void store(const Matvec &a, int token, int row, float sum) {
+    if (a.bias) sum += to_f32(a.bias[row]);
+    const size_t at = token * a.ldy + row;
+    if (a.y_is_f32)
+        static_cast<float *>(a.y)[at] = sum;
+    else
+        static_cast<bf16 *>(a.y)[at] = __float2bfloat16_rn(sum);
+}
+
+// 16 rows of the weight a CTA at a time, as the left operand of mma.sync; the tokens, padded to 8, are the right one. The
+// warps share out the columns. Which column of the weight stands for which k of the product is free, so a lane's columns
+// lie side by side in memory. grid-stride over the tiles of 16 rows.
+//
+// 4 bits: a byte looks up two values, rounded to bf16, in a table with one copy for each lane, so no bank is met twice.
+// The sum over a block of 64 is scaled by its absmax in f32. The rounding of the 16 values weighs less than that of a
+// dequantised bf16 weight (1.1e-3 against 1.7e-3 of its size).
+template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(const __grid_constant__ Matvec a) {
+    extern __shared__ __align__(128) char shared[];
+    __shared__ float sums[2][WARPS][ROWS * MAX_T];
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, i = lane % 4;
+    const bool twice = a.absmax.absmax == nullptr; // double quantisation
+
+    // (256 bytes, 32 lanes) pairs of bf16, and the 256 values of an absmax code.
+    uint32_t *table = reinterpret_cast<uint32_t *>(shared);
+    float *dynamic = reinterpret_cast<float *>(shared + 256 * 32 * 4);
+    float offset = 0.0f;
+    if constexpr (NF4) {
+        const float *book = NF4_CODE_BOOK[int(a.quant_type)];
+        const uint32_t pair = pack_bf16(book[tid / 16], book[tid % 16]); // high nibble first
+        for (int c = 0; c < 32; ++c) table[tid * 32 + (c + tid) % 32] = pair;
+        if (twice) {
+            dynamic[tid] = NF4_DYNAMIC_CODE[tid];
+            offset = *a.absmax.offset;
+        }
+        static_assert(THREADS == 256, "a byte each");
+        __syncthreads();
+    }
+
+    const int tiles = ceil_div(a.n, ROWS);
+    int parity = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
+        // Rows and tokens behind the last are read as the last, and not stored.
+        const int low = min(tile * ROWS + g, a.n - 1), high = min(tile * ROWS + g + 8, a.n - 1);
+        const bf16 *x = a.x + size_t(min(g, a.t - 1)) * a.k;
+        float total[4] = {};
+
+        if constexpr (NF4) {
+            const int blocks = a.k / NF4_BLOCK;
+            const uint8_t *w_low = a.packed + size_t(low) * (a.k / 2) + i * 8;
+            const uint8_t *w_high = a.packed + size_t(high) * (a.k / 2) + i * 8;
+#pragma unroll 1
+            for (int first = warp * 4; first < blocks; first += WARPS * 4) {
+                // Blocks behind the last are read as the last, with an absmax of 0.
+                uint2 raw[4][2];
+#pragma unroll
+                for (int b = 0; b < 4; ++b) {
+                    const int at = min(first + b, blocks - 1) * (NF4_BLOCK / 2);
+                    raw[b][0] = __ldg(reinterpret_cast<const uint2 *>(w_low + at));
+                    raw[b][1] = __ldg(reinterpret_cast<const uint2 *>(w_high + at));
+                }
+                // Lane i of four reads the absmax of block `first + i`.
+                float scale[2] = {0.0f, 0.0f};
+                if (first + i < blocks) {
+#pragma unroll
+                    for (int s = 0; s < 2; ++s) {
+                        const size_t at = size_t(s ? high : low) * blocks + (first + i);
+                        if (twice) {
+                            const float code = dynamic[__ldg(a.absmax.codes + at)];
+                            const float nested = __ldg(a.absmax.nested_absmax + at / NF4_NESTED_BLOCK);
+                            scale[s] = __fadd_rn(__fmul_rn(code, nested), offset);
+                        } else {
+                            scale[s] = __ldg(a.absmax.absmax + at);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int b = 0; b < 4; ++b) {
+                    const int block = min(first + b, blocks - 1);
+                    const uint4 *tokens = reinterpret_cast<const uint4 *>(x + block * NF4_BLOCK + i * 16);
+                    const uint4 xs[2] = {__ldg(tokens), __ldg(tokens + 1)};
+                    float sum[4] = {};
+#pragma unroll
+                    for (int m = 0; m < 4; ++m) {
+                        const uint32_t word_low = m < 2 ? raw[b][0].x : raw[b][0].y;
+                        const uint32_t word_high = m < 2 ? raw[b][1].x : raw[b][1].y;
+                        const int shift = m % 2 * 16;
+                        const auto look_up = [&](uint32_t word, int by) { return table[(word >> by & 255) * 32 + lane]; };
+                        const uint32_t av[4] = {look_up(word_low, shift), look_up(word_high, shift),
+                                                look_up(word_low, shift + 8), look_up(word_high, shift + 8)};
+                        const uint4 v = xs[m / 2];
+                        mma_bf16(sum, av, m % 2 ? v.z : v.x, m % 2 ? v.w : v.y);
+                    }
+                    const int from = (lane & ~3) + b;
+                    const float by_low = __shfl_sync(FULL_WARP, scale[0], from);
+                    const float by_high = __shfl_sync(FULL_WARP, scale[1], from);
+                    total[0] += by_low * sum[0];
+                    total[1] += by_low * sum[1];
+                    total[2] += by_high * sum[2];
+                    total[3] += by_high * sum[3];
+                }
+            }
+        } else {
+            const bf16 *w_low = a.w + size_t(low) * a.k, *w_high = a.w + size_t(high) * a.k;
+#pragma unroll 1
+            for (int first = warp * 128; first < a.k; first += WARPS * 128) {
+                uint4 raw[4][2], xs[4];
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const int k = first + c * 32 + i * 8;
+                    raw[c][0] = raw[c][1] = xs[c] = uint4{0, 0, 0, 0};
+                    if (k < a.k) {
+                        raw[c][0] = __ldg(reinterpret_cast<const uint4 *>(w_low + k));
+                        raw[c][1] = __ldg(reinterpret_cast<const uint4 *>(w_high + k));
+                        xs[c] = __ldg(reinterpret_cast<const uint4 *>(x + k));
+                    }
+                }
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const uint32_t first_half[4] = {raw[c][0].x, raw[c][1].x, raw[c][0].y, raw[c][1].y};
+                    mma_bf16(total, first_half, xs[c].x, xs[c].y);
+                    const uint32_t second_half[4] = {raw[c][0].z, raw[c][1].z, raw[c][0].w, raw[c][1].w};
+                    mma_bf16(total, second_half, xs[c].z, xs[c].w);
+                }
+            }
+        }
+
+        // h Bᵀ: 16 ranks a product, the warps in turn. At any alignment.
+#pragma unroll 1
+        for (int first = warp * 16; first < a.r; first += WARPS * 16) {
+            const auto pair = [&](const bf16 *row, int j, bool there) {
+                const float v0 = there && j < a.r ? to_f32(row[j]) : 0.0f;
+                const float v1 = there && j + 1 < a.r ? to_f32(row[j + 1]) : 0.0f;
+                return pack_bf16(v0, v1);
+            };
+            const int j = first + 2 * i;
+            const bf16 *b_low = a.b + size_t(low) * a.r, *b_high = a.b + size_t(high) * a.r, *h = a.h + g * a.ldh;
+            const uint32_t av[4] = {pair(b_low, j, true), pair(b_high, j, true), pair(b_low, j + 8, true), pair(b_high, j + 8, true)};
+            mma_bf16(total, av, pair(h, j, g < a.t), pair(h, j + 8, g < a.t));
+        }
+
+        float *own = sums[parity][warp];
+        own[g * MAX_T + 2 * i] = total[0];
+        own[g * MAX_T + 2 * i + 1] = total[1];
+        own[(g + 8) * MAX_T + 2 * i] = total[2];
+        own[(g + 8) * MAX_T + 2 * i + 1] = total[3];
+        __syncthreads(); // of the tile after: the sums are written to the other half
+        if (tid < ROWS * MAX_T) {
+            const int token = tid / ROWS, row = tile * ROWS + tid % ROWS;
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += sums[parity][w][tid % ROWS * MAX_T + token];
+            if (token < a.t && row < a.n) store(a, token, row, sum);
+        }
+    }
+}
+
+// Any k and any alignment: a warp a row.
+__global__ void __launch_bounds__(THREADS) matvec_any_kernel(const __grid_constant__ Matvec a) {
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= a.n) return;
+    float total[MAX_T] = {};
+    const float *book = NF4_CODE_BOOK[int(a.quant_type)];
+    for (int k = lane; k < a.k; k += 32) {
+        const size_t e = size_t(row) * a.k + k;
+        float w;
+        if (a.w) {
+            w = to_f32(a.w[e]);
+        } else {
+            const float absmax = a.absmax.absmax ? nf4_absmax<false>(a.absmax, e / NF4_BLOCK) : nf4_absmax<true>(a.absmax, e / NF4_BLOCK);
+            w = book[a.packed[e / 2] >> (e % 2 ? 0 : 4) & 15] * absmax;
+        }
+#pragma unroll
+        for (int token = 0; token < MAX_T; ++token)
+            if (token < a.t) total[token] += w * to_f32(a.x[size_t(token) * a.k + k]);
+    }
+    for (int j = lane; j < a.r; j += 32) {
+        const float b = to_f32(a.b[size_t(row) * a.r + j]);
+#pragma unroll
+        for (int token = 0; token < MAX_T; ++token)
+            if (token < a.t) total[token] += b * to_f32(a.h[token * a.ldh + j]);
+    }
+#pragma unroll
+    for (int token = 0; token < MAX_T; ++token) {
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) total[token] += __shfl_xor_sync(FULL_WARP, total[token], d);
+        if (lane == 0 && token < a.t) store(a, token, row, total[token]);
+    }
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+
+constexpr int HEADS = 16;     // query heads of one KV head that a CTA handles
+constexpr int KEYS = 16;      // that a warp handles at a time
+constexpr int ATTN_WARPS = 4; // of a CTA
+constexpr int ATTN_THREADS = ATTN_WARPS * 32;
+
+struct Decode {
+    bf16 *o, *k, *v;
+    const bf16 *qkv;
+    const int32_t *positions;
+    float *scratch; // (t, H, splits, D + 2): o not yet divided, maximum (base 2), sum
+    int32_t t, capacity, h, g, d;
+    int32_t window; // 0: none
+    int32_t splits;
+    float scale; // log2(e) / sqrt(D)
+    bool aligned;
+};
+
+__device__ __forceinline__ void load8(char *to, const bf16 *from, int valid, bool aligned) {
+    if (aligned && valid >= 8) {
+        cp_async16(shared_address(to), from, true);
+        return;
+    }
+    Vec8<bf16> v;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v.at[e] = e < valid ? from[e] : __float2bfloat16_rn(0.0f);
+    *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<uint4 *>(&v);
+}
+
+// New rows of k and v to the cache. grid (t).
+__global__ void __launch_bounds__(ATTN_THREADS) append_kernel(const __grid_constant__ Decode a) {
+    const int position = a.positions[blockIdx.x], width = a.g * a.d;
+    if (position < 0 || position >= a.capacity) return;
+    const bf16 *row = a.qkv + size_t(blockIdx.x) * (a.h + 2 * a.g) * a.d + a.h * a.d;
+    for (int c = threadIdx.x; c < width; c += ATTN_THREADS) {
+        a.k[size_t(position) * width + c] = row[c];
+        a.v[size_t(position) * width + c] = row[width + c];
+    }
+}
+
+template <int DP> struct DecodeShared {
+    static constexpr int STAGES = DP <= 128 ? 2 : 1;
+    static constexpr int ROW = DP * 2;
+    static constexpr int Q = HEADS * ROW;
+    static constexpr int STAGE = 2 * KEYS * ROW; // k, then v, of one warp
+    static constexpr int BYTES = Q + ATTN_WARPS * STAGES * STAGE;
+    static_assert(ATTN_WARPS * HEADS * DP * 4 <= ATTN_WARPS * STAGES * STAGE, "the warps' o take the place of the stages");
+    static_assert(BYTES <= int(MAX_SHARED_BYTES), "must run on consumer cards");
+};
+
+// One new row, one KV head, up to 16 of its query heads: they are the 16 rows of the tensor-core products, so that the
+// cache is read once for all of them. Runs of 16 keys go round the warps of all splits, so that the grid does not depend
+// on how long the past is. grid (splits, G * ceil(H / G / 16), t).
+template <int DP> __global__ void __launch_bounds__(ATTN_THREADS) attention_decode_kernel(const __grid_constant__ Decode a) {
+    using Shared = DecodeShared<DP>;
+    constexpr int CHUNKS = DP / 8, STAGES = Shared::STAGES;
+    extern __shared__ __align__(128) char shared[];
+    __shared__ float maxima[ATTN_WARPS][HEADS], lengths[ATTN_WARPS][HEADS];
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, i = lane % 4;
+
+    const int group = a.h / a.g, parts = ceil_div(group, HEADS), token = blockIdx.z;
+    const int kv = blockIdx.y / parts, head0 = kv * group + blockIdx.y % parts * HEADS;
+    const int heads = min(HEADS, (kv + 1) * group - head0);
+    const int width = a.g * a.d;
+    const bf16 *row = a.qkv + size_t(token) * (a.h + 2 * a.g) * a.d;
+    const bf16 *new_k = row + (a.h + kv) * a.d, *new_v = new_k + width;
+    const int position = min(a.positions[token], a.capacity - 1);
+    const int first = a.window > 0 ? max(0, position - a.window + 1) : 0;
+
+    // Chunk `chunk` of a row of a tile: eight neighbouring rows lie in eight different bank groups.
+    const auto offset = [](int r, int chunk) { return uint32_t(r * Shared::ROW + ((chunk ^ (r & 7)) << 4)); };
+
+    for (int n = tid; n < HEADS * CHUNKS; n += ATTN_THREADS) {
+        const int r = n / CHUNKS, chunk = n % CHUNKS;
+        load8(shared + offset(r, chunk), row + (head0 + r) * a.d + 8 * chunk, r < heads ? a.d - 8 * chunk : 0, a.aligned);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+
+    char *own = shared + Shared::Q + warp * STAGES * Shared::STAGE;
+    // A single new row is read from qkv, as nothing has appended it; the warp that meets it appends it.
+    const auto load = [&](int run, int stage) {
+        for (int n = lane; n < KEYS * CHUNKS; n += 32) {
+            const int r = n / CHUNKS, chunk = n % CHUNKS, key = run * KEYS + r;
+            const int valid = key >= first && key <= position ? a.d - 8 * chunk : 0;
+            const size_t at = size_t(key) * width + kv * a.d + 8 * chunk;
+            const bool fresh = a.t == 1 && key == position;
+            char *to = own + stage * Shared::STAGE + offset(r, chunk);
+            load8(to, fresh ? new_k + 8 * chunk : a.k + at, valid, a.aligned);
+            load8(to + KEYS * Shared::ROW, fresh ? new_v + 8 * chunk : a.v + at, valid, a.aligned);
+            if (fresh)
+                for (int e = 0; e < min(valid, 8); ++e) {
+                    a.k[at + e] = new_k[8 * chunk + e];
+                    a.v[at + e] = new_v[8 * chunk + e];
+                }
+        }
+    };
+
+    float o[DP / 8][4] = {};
+    float largest[2] = {-INFINITY, -INFINITY}, length[2] = {0.0f, 0.0f};
+    const int turns = a.splits * ATTN_WARPS, turn = blockIdx.x * ATTN_WARPS + warp;
+    const int last = position < 0 ? -1 : position / KEYS;
+    int run = first / KEYS + (turn + turns - first / KEYS % turns) % turns, stage = 0;
+    if (run <= last) load(run, 0);
+    cp_async_commit();
+    for (; run <= last; run += turns) {
+        if constexpr (STAGES == 2) {
+            if (run + turns <= last) load(run + turns, stage ^ 1);
+            cp_async_commit();
+        }
+        cp_async_wait<STAGES - 1>();
+        __syncwarp();
+        const uint32_t q_at = shared_address(shared), k_at = shared_address(own + stage * Shared::STAGE);
+        const uint32_t v_at = k_at + KEYS * Shared::ROW;
+
+        float s[2][4] = {};
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c += 2) {
+            uint32_t av[4], bv[4];
+            ldmatrix_x4(av, q_at + offset(lane % 16, c + lane / 16));
+            ldmatrix_x4(bv, k_at + offset(lane % 8 + lane / 16 * 8, c + lane / 8 % 2));
+            mma_bf16(s[0], av, bv[0], bv[1]);
+            mma_bf16(s[1], av, bv[2], bv[3]);
+        }
+        // Row g is s[.][0..2], row g + 8 s[.][2..4].
+        float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int key = run * KEYS + n * 8 + 2 * i + e % 2;
+                s[n][e] = key >= first && key <= position ? s[n][e] * a.scale : -INFINITY;
+                top[e / 2] = fmaxf(top[e / 2], s[n][e]);
+            }
+        float shrink[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = lanes_max<4>(top[r]);
+            const float now = fmaxf(largest[r], top[r]); // finite: a run holds at least one key that is seen
+            shrink[r] = exp2f(largest[r] - now);
+            largest[r] = now;
+            length[r] *= shrink[r];
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                s[n][e] = exp2f(s[n][e] - largest[e / 2]);
+                length[e / 2] += s[n][e];
+            }
+#pragma unroll
+        for (int n = 0; n < DP / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[n][e] *= shrink[e / 2];
+        const uint32_t pv[4] = {pack_bf16(s[0][0], s[0][1]), pack_bf16(s[0][2], s[0][3]), pack_bf16(s[1][0], s[1][1]),
+                                pack_bf16(s[1][2], s[1][3])};
+#pragma unroll
+        for (int n = 0; n < DP / 16; ++n) {
+            uint32_t bv[4];
+            ldmatrix_x4_trans(bv, v_at + offset(lane % 16, n * 2 + lane / 16));
+            mma_bf16(o[2 * n], pv, bv[0], bv[1]);
+            mma_bf16(o[2 * n + 1], pv, bv[2], bv[3]);
+        }
+        __syncwarp(); // all lanes have read the stage
+        if constexpr (STAGES == 2) {
+            stage ^= 1;
+        } else {
+            if (run + turns <= last) load(run + turns, 0);
+            cp_async_commit();
+        }
+    }
+
+    // The four warps together, in order.
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int d = 1; d < 4; d *= 2) length[r] += __shfl_xor_sync(FULL_WARP, length[r], d);
+    __syncthreads();
+    float *all = reinterpret_cast<float *>(shared + Shared::Q);
+#pragma unroll
+    for (int n = 0; n < DP / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) all[(warp * HEADS + g + e / 2 * 8) * DP + n * 8 + 2 * i + e % 2] = o[n][e];
+    if (i == 0)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            maxima[warp][g + 8 * r] = largest[r];
+            lengths[warp][g + 8 * r] = length[r];
+        }
+    __syncthreads();
+    for (int n = tid; n < heads * a.d; n += ATTN_THREADS) {
+        const int head = n / a.d, d = n % a.d;
+        float top = -INFINITY, sum = 0.0f, total = 0.0f;
+        for (int w = 0; w < ATTN_WARPS; ++w) top = fmaxf(top, maxima[w][head]);
+        for (int w = 0; w < ATTN_WARPS; ++w) {
+            const float by = maxima[w][head] == -INFINITY ? 0.0f : exp2f(maxima[w][head] - top);
+            sum += by * all[(w * HEADS + head) * DP + d];
+            total += by * lengths[w][head];
+        }
+        float *to = a.scratch + ((size_t(token) * a.h + head0 + head) * a.splits + blockIdx.x) * (a.d + 2);
+        to[d] = sum;
+        if (d == 0) {
+            to[a.d] = top;
+            to[a.d + 1] = total;
+        }
+    }
+}
+
+// The splits together, in order. grid (H, t).
+__global__ void __launch_bounds__(ATTN_THREADS) attention_decode_sum_kernel(const __grid_constant__ Decode a) {
+    const float *from = a.scratch + (size_t(blockIdx.y) * a.h + blockIdx.x) * a.splits * (a.d + 2);
+    float top = -INFINITY, total = 0.0f;
+    for (int s = 0; s < a.splits; ++s) top = fmaxf(top, from[s * (a.d + 2) + a.d]);
+    for (int s = 0; s < a.splits; ++s) {
+        const float m = from[s * (a.d + 2) + a.d];
+        if (m != -INFINITY) total += exp2f(m - top) * from[s * (a.d + 2) + a.d + 1];
+    }
+    for (int d = threadIdx.x; d < a.d; d += ATTN_THREADS) {
+        float sum = 0.0f;
+        for (int s = 0; s < a.splits; ++s) {
+            const float m = from[s * (a.d + 2) + a.d];
+            if (m != -INFINITY) sum += exp2f(m - top) * from[s * (a.d + 2) + d];
+        }
+        a.o[(size_t(blockIdx.y) * a.h + blockIdx.x) * a.d + d] = __float2bfloat16_rn(total > 0.0f ? sum / total : 0.0f);
+    }
+}
+
+template <int DP> cudaError_t launch_decode(const Decode &a, cudaStream_t stream) {
+    constexpr int bytes = DecodeShared<DP>::BYTES;
+    const auto kernel = attention_decode_kernel<DP>;
+    const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (set != cudaSuccess) return set;
+    const dim3 grid(a.splits, a.g * ceil_div(a.h / a.g, HEADS), a.t), sum_grid(a.h, a.t);
+    kernel<<<grid, ATTN_THREADS, bytes, stream>>>(a);
+    attention_decode_sum_kernel<<<sum_grid, ATTN_THREADS, 0, stream>>>(a);
+    return cudaGetLastError();
+}
+
+} // namespace
+
+// matvec    y = x Wᵀ (+ h Bᵀ) (+ bias)    for at most 8 tokens
+//
+//   y       (t, n)  bf16 or f32  =  rows ldy elements apart
+//   x       (t, k)  bf16
+//   W       (n, k)  4 bits (packed, absmax: see nf4.cuh), or bf16 if `w` is there
+//   h       (t, r)  bf16            rows ldh apart; scaled already; r = 0: none
+//   b       (n, r)  bf16
+//   bias    (n)     bf16            null: none
+//
+// f32 sums in one order. Fast where k is a multiple of 64 (4 bits) or of 8 (bf16) and the pointers are aligned.
+// Floor: the weight once.
+HALFBYTE_API cudaError_t matvec(const Matvec *args, cudaStream_t stream) {
+    const Matvec &a = *args;
+    if (a.t == 0) return cudaSuccess;
+    if (a.t > MAX_T) return cudaErrorInvalidValue;
+    const int tiles = ceil_div(a.n, ROWS);
+    constexpr int TABLES = 256 * 32 * 4 + 256 * 4;
+    if (a.w && a.k % 8 == 0 && is_aligned(a.w, 16) && is_aligned(a.x, 16)) {
+        matvec_kernel<false><<<tiles, THREADS, 0, stream>>>(a);
+    } else if (!a.w && a.k % NF4_BLOCK == 0 && is_aligned(a.packed, 8) && is_aligned(a.x, 16)) {
+        // No more CTAs than large cards hold at a time: each fills its table first.
+        const int ctas = tiles < 264 ? tiles : 264;
+        matvec_kernel<true><<<ctas, THREADS, TABLES, stream>>>(a);
+    } else {
+        matvec_any_kernel<<<ceil_div(a.n, WARPS), THREADS, 0, stream>>>(a);
+    }
+    return cudaGetLastError();
+}
+
+// attention_decode    row i sits at p = positions[i]:  k_cache[p], v_cache[p] = its k and v;
+//                     o[i, head] = softmax over keys j (p - window < j <= p) of (q k_j / sqrt(D)) v_j
+//
+//   o          (t, H*D)         bf16  =
+//   k, v       (capacity, G*D)  bf16  rows positions[i] written
+//   qkv        (t, (H+2G)*D)    bf16  rotated
+//   positions  (t)              i32   on the device
+//   scratch                     f32   (t, H, splits, D + 2)
+//
+// All rows of qkv are appended before any of them attends. The grid follows from t and the heads alone. Partial results of
+// the splits are added up in order: the same bits in every run. Floor: the seen part of the cache, read once a row.
+struct AttentionDecode {
+    bf16 *o, *k, *v;
+    const bf16 *qkv;
+    const int32_t *positions;
+    float *scratch;
+    int32_t t, capacity, h, g, d;
+    int32_t window; // 0: none
+    int32_t splits;
+    float scale; // 1 / sqrt(D)
+};
+static_assert(sizeof(AttentionDecode) == 80, "as in src/backend/cuda/ffi/decode.rs");
+
+HALFBYTE_API cudaError_t attention_decode(const AttentionDecode *args, cudaStream_t stream) {
+    const AttentionDecode &m = *args;
+    if (m.t == 0) return cudaSuccess;
+    if (m.d < 1 || m.d > 256 || m.g < 1 || m.h < m.g || m.h % m.g != 0 || m.splits < 1) return cudaErrorInvalidValue;
+    const bool aligned = m.d % 8 == 0 && is_aligned(m.k, 16) && is_aligned(m.v, 16) && is_aligned(m.qkv, 16);
+    const Decode a{m.o, m.k, m.v, m.qkv, m.positions, m.scratch, m.t, m.capacity, m.h, m.g, m.d, m.window, m.splits,
+                   m.scale * 1.44269504f, aligned};
+    if (a.t > 1) append_kernel<<<a.t, ATTN_THREADS, 0, stream>>>(a);
+    return a.d <= 64 ? launch_decode<64>(a, stream) : a.d <= 128 ? launch_decode<128>(a, stream) : launch_decode<256>(a, stream);
+}
