@@ -39,6 +39,9 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
+/// y, rstd, dqkv
+type Found = (Vec<bf16>, Vec<f32>, Vec<bf16>);
+
 fn agrees(t: usize, heads: Heads, skip: usize) -> Outcome {
     let cuda = Cuda::open(0)?;
     let (n, d, normed) = (t * heads.qkv(), heads.d, heads.h + heads.g);
@@ -48,7 +51,7 @@ fn agrees(t: usize, heads: Heads, skip: usize) -> Outcome {
     let (q_w, k_w) = (gain(&mut random, d), gain(&mut random, d));
     let (gpu_x, gpu_q, gpu_k) = (cuda.upload(&x)?, cuda.upload(&q_w)?, cuda.upload(&k_w)?);
     let at = skip..skip + n;
-    let run = || -> Result<(Vec<bf16>, Vec<f32>, Vec<bf16>), Error> {
+    let run = || -> Result<Found, Error> {
         let (mut y, mut rstd) = (poisoned::<bf16>(&cuda, skip + n)?, poisoned::<f32>(&cuda, t * normed)?);
         let op = HeadNormForward {
             y: y.range_mut(at.clone()),

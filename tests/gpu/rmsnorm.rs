@@ -66,6 +66,9 @@ pub fn plain_gradient(dy: &[f32], x: &[f32], w: &[f32], r: f32) -> Vec<f32> {
     scaled.iter().zip(x).map(|(d, x)| round(round(r * d) - round(coef * x))).collect()
 }
 
+/// y, s, rstd
+type Found = (Vec<bf16>, Vec<bf16>, Vec<f32>);
+
 fn forward(t: usize, c: usize, residual: bool, skip: usize) -> Outcome {
     let cuda = Cuda::open(0)?;
     let mut random = Random::new((t * c) as u64 + u64::from(residual));
@@ -73,8 +76,7 @@ fn forward(t: usize, c: usize, residual: bool, skip: usize) -> Outcome {
     let (x, delta, w) = (random.bf16s(skip + n, 1.5), random.bf16s(skip + n, 0.5), gain(&mut random, c));
     let (gpu_x, gpu_delta, gpu_w) = (cuda.upload(&x)?, cuda.upload(&delta)?, cuda.upload(&w)?);
     let at = skip..skip + n;
-    // y, s, rstd
-    let run = |x, delta| -> Result<(Vec<bf16>, Vec<bf16>, Vec<f32>), Error> {
+    let run = |x, delta| -> Result<Found, Error> {
         let (mut y, mut s) = (poisoned::<bf16>(&cuda, skip + n)?, poisoned::<bf16>(&cuda, skip + n)?);
         let mut rstd = poisoned::<f32>(&cuda, t)?;
         let op = RmsNormForward {
@@ -116,9 +118,9 @@ fn forward(t: usize, c: usize, residual: bool, skip: usize) -> Outcome {
     let (exact_y, _) = norm(&sum)?;
     let (_, exact_rstd) = norm(&normed)?;
     let mut plain_y = vec![0.0; n];
-    for row in 0..t {
+    for (row, &r) in exact_rstd.iter().enumerate() {
         let at = row * c..(row + 1) * c;
-        plain_norm(&mut plain_y[at.clone()], &normed[at], &w, exact_rstd[row]);
+        plain_norm(&mut plain_y[at.clone()], &normed[at], &w, r);
     }
     within_twice("rstd", &rstd, &exact_rstd, &exact_rstd)?;
     within_twice("y", &wide(&y), &plain_y, &exact_y)
@@ -165,9 +167,9 @@ fn backward(t: usize, c: usize, skip: usize) -> Outcome {
     let op = backend::RmsNormBackward { dx: &mut exact, dy: &dy32, x: &x32, w: &w32, rstd: &rstd, t, c };
     cpu.rmsnorm_backward(op)?;
     let mut plain = before;
-    for row in 0..t {
+    for (row, &r) in rstd.iter().enumerate() {
         let at = row * c..(row + 1) * c;
-        let gradient = plain_gradient(&dy32[at.clone()], &x32[at.clone()], &w32, rstd[row]);
+        let gradient = plain_gradient(&dy32[at.clone()], &x32[at.clone()], &w32, r);
         plain[at].iter_mut().zip(gradient).for_each(|(p, g)| *p = round(*p + g));
     }
     within_twice("dx", &wide(&dx), &plain, &exact)

@@ -88,7 +88,7 @@ fn gates_of_any_size() -> Outcome {
     // Small results by themselves, not beside large ones.
     let small: Vec<bf16> = [-20.0f32, -15.0, -10.0, -5.0, -2.0, -1.0, -0.5, 0.0].map(bf16::from_f32).to_vec();
     let both = [small, vec![bf16::from_f32(-3.0); 8]].concat();
-    agrees(1, 8, &both, &vec![bf16::ONE; 8], 0)
+    agrees(1, 8, &both, &[bf16::ONE; 8], 0)
 }
 
 fn wrong_sizes() -> Outcome {
