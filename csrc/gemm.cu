@@ -12,7 +12,8 @@
 //   bias  (n)               bf16 or null
 //
 // Sums in f32, one rounding, no atomics, no split of k: the same bits in every run, on every card, for every alignment.
-// Fast where pointers and rows of a, b, a2, b2 start at 16 bytes; m, n, k, k2 may be ragged. m = 0 or n = 0: no launch.
+// Fast where the rows of a, b, a2, b2 start at 16 bytes and have multiples of 8 elements; m is free, and n, too, where
+// b is (n, k). m = 0 or n = 0: no launch.
 // Floor: 2 m n (k + k2) flops.
 struct Gemm {
     void *c;
@@ -42,7 +43,8 @@ HALFBYTE_API cudaError_t gemm(const Gemm *args, cudaStream_t stream) {
     p.accumulate = g.accumulate != 0;
     p.c_f32 = c_f32;
     p.c_vectors = is_aligned(g.c, 16) && g.ldc % (c_f32 ? 4 : 8) == 0;
-    const bool aligned = gemm_aligned(p.main, true) && gemm_aligned(p.pair, true);
+    const bool aligned = gemm_aligned(p.main, g.b_transposed ? g.k : g.n) &&
+                         gemm_aligned(p.pair, g.b_transposed ? g.k2 : g.n);
     return g.b_transposed ? gemm_dispatch<Bf16Source, Bf16Source, true>(p, {}, aligned, stream)
                           : gemm_dispatch<Bf16Source, Bf16Source, false>(p, {}, aligned, stream);
 }

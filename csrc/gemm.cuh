@@ -1,9 +1,10 @@
 // The main loop that gemm.cu and nf4_gemm.cu share: c = alpha * (a·op(b) + a2·op(b2)) + bias + c, bf16 in, f32 sums.
 //
 // A CTA makes a BM x BN tile of c. Tiles of a and b, 64 deep, come through shared memory in a ring of STAGES (cp.async,
-// two tiles ahead), swizzled so that neither their stores nor ldmatrix meet bank conflicts; fragments of the next 16
-// columns are read while the tensor cores work on the last. The pair's tiles follow those of the main product in the same
-// ring. The order of the sum over k is the same for every tile shape, source and card, so the bits are, too.
+// two tiles ahead), swizzled so that neither their stores nor ldmatrix meet bank conflicts. Copies, decoding and the
+// fragments of the next 16 columns are free of branches, so that they run between the tensor-core instructions of the
+// last 16. The pair's tiles follow those of the main product in the same ring. The order of the sum over k is the same
+// for every tile shape, source and card, so the bits are, too.
 #pragma once
 
 #include "mma.cuh"
@@ -16,7 +17,7 @@ template <int BM_, int BN_, int WARPS_M_, int WARPS_N_, int STAGES_> struct Gemm
     static constexpr int THREADS = 32 * WARPS_M * WARPS_N;
     static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N; // a warp's part of the tile
     static constexpr uint32_t A_BYTES = BM * GEMM_BK * 2, B_BYTES = BN * GEMM_BK * 2, STAGE_BYTES = A_BYTES + B_BYTES;
-    static constexpr int PITCH = BN + 8; // of the finished tile, in f32: rows four banks pairs apart
+    static constexpr int PITCH = BN + 8; // of the finished tile, in f32: rows eight banks apart
     static constexpr size_t RING_BYTES = size_t(STAGES) * STAGE_BYTES;
     static_assert(size_t(BM) * PITCH * 4 <= RING_BYTES, "the finished tile takes the place of the ring");
     static_assert(WM % 16 == 0 && WN % 16 == 0 && BN % 64 == 0, "whole fragments and panels");
@@ -44,11 +45,11 @@ struct GemmParams {
 
 __device__ __forceinline__ int clamp_to_8(int x) { return min(max(x, 0), 8); }
 
-// 8 elements to shared memory, of which the first `valid` are read and the rest are zeros.
+// 8 elements to shared memory, of which the first `valid` are read and the rest are zeros. ALIGNED: all or none.
 template <bool ALIGNED>
 __device__ __forceinline__ void gemm_copy8(unsigned char *to, const bf16 *from, int valid, bool wanted) {
     if constexpr (ALIGNED) {
-        cp_async16_part(shared_address(to), from, 2 * valid, wanted);
+        cp_async16_if(shared_address(to), from, valid > 0, wanted);
     } else if (wanted) {
         Vec8<bf16> v;
 #pragma unroll
@@ -241,7 +242,7 @@ __device__ __forceinline__ void gemm_finish(const GemmParams &p, unsigned char *
     }
 }
 
-// K_MAJOR: b is (n, k), else (k, n). ALIGNED: every row of a and b starts at 16 bytes.
+// K_MAJOR: b is (n, k), else (k, n). ALIGNED: every row of a and b starts at 16 bytes and has a multiple of 8 elements.
 template <class Tile, class Source, bool K_MAJOR, bool ALIGNED>
 __global__ void __launch_bounds__(Tile::THREADS, Source::CTAS)
 gemm_kernel(const GemmParams p, const typename Source::Params w) {
@@ -346,13 +347,15 @@ template <class Tile> double gemm_waves(const GemmParams &p, int sms) {
     return double(ceil_div<int64_t>(tiles, sms)) * Tile::BM * Tile::BN;
 }
 
-inline bool gemm_aligned(const GemmProduct &q, bool with_b) {
+// ALIGNED of one product; b's rows have `b_cols` elements (0: there is no b in memory).
+inline bool gemm_aligned(const GemmProduct &q, int b_cols) {
     if (q.k == 0) return true;
-    return is_aligned(q.a, 16) && q.lda % 8 == 0 && (!with_b || (is_aligned(q.b, 16) && q.ldb % 8 == 0));
+    const bool a = is_aligned(q.a, 16) && q.lda % 8 == 0 && q.k % 8 == 0;
+    return a && (b_cols == 0 || (is_aligned(q.b, 16) && q.ldb % 8 == 0 && b_cols % 8 == 0));
 }
 
-// Picks the tile by shape: small ones cost a sixth more, and pay where large ones leave SMs idle. AnySource is for where
-// not all is `aligned`.
+// Picks the tile by shape: small ones cost a sixth more, and pay where large ones leave SMs idle. AnySource is for what
+// is not all `aligned`.
 template <class Source, class AnySource, bool K_MAJOR>
 cudaError_t gemm_dispatch(const GemmParams &p, const typename Source::Params &w, bool aligned, cudaStream_t stream) {
     if (!aligned) return gemm_launch<GemmSmall, AnySource, K_MAJOR, false>(p, w, stream);

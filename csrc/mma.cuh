@@ -16,17 +16,18 @@ __device__ __forceinline__ void cp_async16(uint32_t to_shared, const void *from,
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
 }
 
-// The same for the first `bytes` (0 to 16) of the 16; the rest become zeros, and nothing behind them is read. Without a
-// branch: nothing happens unless `wanted`.
-__device__ __forceinline__ void cp_async16_part(uint32_t to_shared, const void *from, int bytes, bool wanted) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}\n" ::"r"(to_shared),
-                 "l"(from), "r"(bytes), "r"(int(wanted))
+// The same, but nothing happens unless `wanted`. Neither condition costs a branch.
+__device__ __forceinline__ void cp_async16_if(uint32_t to_shared, const void *from, bool valid, bool wanted) {
+    asm volatile("{\n.reg .pred w, z;\nsetp.ne.s32 w, %3, 0;\nsetp.eq.s32 z, %2, 0;\n"
+                 "@w cp.async.cg.shared.global [%0], [%1], 16, z;\n}\n" ::"r"(to_shared),
+                 "l"(from), "r"(int(valid)), "r"(int(wanted))
                  : "memory");
 }
 
 // Writes 16 bytes to shared memory if `wanted`, without a branch: what was computed for it overlaps with what follows.
 __device__ __forceinline__ void store_shared16(uint32_t to_shared, const uint32_t (&v)[4], bool wanted) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"r"(to_shared),
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
+                 "@p st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"r"(to_shared),
                  "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(int(wanted))
                  : "memory");
 }

@@ -162,8 +162,8 @@ template <bool FORWARD> class Nf4AnySource {
 //   b2      (n, k2) forward, (k2, k) backward bf16, rows ldb2 apart
 //   bias    (n) forward, (k) backward         bf16 or null
 //
-// The bits of gemm on the dequantised weight: the same sums in the same order. No atomics. Fast where k is a multiple of
-// 64 and pointers and rows of a, a2, b2 start at 16 bytes. m = 0: no launch.
+// The bits of gemm on the dequantised weight: the same sums in the same order. No atomics. Fast where k is a multiple
+// of 64 and the rows of a, a2, b2 start at 16 bytes and have multiples of 8 elements. m = 0: no launch.
 // Floor: 2 m (n k + k2 * columns of c) flops; a weight is decoded once for each 128 rows of c, in 3.4 instructions.
 struct Nf4Gemm {
     __nv_bfloat16 *c;
@@ -195,8 +195,8 @@ HALFBYTE_API cudaError_t nf4_gemm(const Nf4Gemm *args, cudaStream_t stream) {
     p.c_f32 = false;
     p.c_vectors = is_aligned(g.c, 16) && g.ldc % 8 == 0;
     const Nf4GemmWeight w{g.packed, g.absmax, g.quant_type, g.n, g.k};
-    const bool aligned = gemm_aligned(p.main, false) && gemm_aligned(p.pair, true) && g.k % NF4_BLOCK == 0 &&
-                         is_aligned(g.packed, 16);
+    const bool aligned = gemm_aligned(p.main, 0) && gemm_aligned(p.pair, g.backward ? g.k : g.k2) &&
+                         g.k % NF4_BLOCK == 0 && is_aligned(g.packed, 16);
     return g.backward ? gemm_dispatch<Nf4Source<false>, Nf4AnySource<false>, false>(p, w, aligned, stream)
                       : gemm_dispatch<Nf4Source<true>, Nf4AnySource<true>, true>(p, w, aligned, stream);
 }
