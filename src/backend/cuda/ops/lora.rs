@@ -120,7 +120,7 @@ pub struct LoraBackwardX<'a> {
 
 pub fn lora_forward(cuda: &Cuda, a: LoraForward) -> Result<()> {
     const OP: &str = "lora_forward";
-    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), None, true)?;
+    let group = group(cuda, OP, &a.lora, a.parts, a.r, Uses { k: Some(a.k), n: None, whole: true })?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
     check_least(OP, "h", a.h.len(), a.t * a.r)?;
     check_least(OP, "x", a.x.len(), a.t * a.k)?;
@@ -142,7 +142,7 @@ pub fn lora_forward(cuda: &Cuda, a: LoraForward) -> Result<()> {
 
 pub fn lora_expand(cuda: &Cuda, a: LoraExpand) -> Result<()> {
     const OP: &str = "lora_expand";
-    let group = group(cuda, OP, &a.lora, a.parts, a.r, None, Some(a.n), false)?;
+    let group = group(cuda, OP, &a.lora, a.parts, a.r, Uses { k: None, n: Some(a.n), whole: false })?;
     check_least(OP, "y", a.y.len(), a.t * a.n)?;
     check_least(OP, "h", a.h.len(), a.t * a.r)?;
     let args = ffi::lora::LoraExpand {
@@ -158,7 +158,7 @@ pub fn lora_expand(cuda: &Cuda, a: LoraExpand) -> Result<()> {
 
 pub fn lora_backward(cuda: &Cuda, a: LoraBackward) -> Result<()> {
     const OP: &str = "lora_backward";
-    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), Some(a.n), true)?;
+    let group = group(cuda, OP, &a.lora, a.parts, a.r, Uses { k: Some(a.k), n: Some(a.n), whole: true })?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
     check_least(OP, "dh", a.dh.len(), a.t * a.r)?;
     check_least(OP, "d_lora", a.d_lora.len(), end(a.parts, Some(a.k), true))?;
@@ -187,7 +187,7 @@ pub fn lora_backward(cuda: &Cuda, a: LoraBackward) -> Result<()> {
 
 pub fn lora_backward_x(cuda: &Cuda, a: LoraBackwardX) -> Result<()> {
     const OP: &str = "lora_backward_x";
-    let group = group(cuda, OP, &a.lora, a.parts, a.r, Some(a.k), None, false)?;
+    let group = group(cuda, OP, &a.lora, a.parts, a.r, Uses { k: Some(a.k), n: None, whole: false })?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
     check_least(OP, "dx", a.dx.len(), a.t * a.k)?;
     check_least(OP, "dh", a.dh.len(), a.t * a.r)?;
@@ -212,18 +212,26 @@ fn end(parts: &[LoraPart], k: Option<usize>, b: bool) -> usize {
     parts.iter().map(ends).max().unwrap_or(0)
 }
 
-/// Checks the parts. `k`: the op uses the A matrices; `n`: it uses the B matrices and columns of y; `whole`: the parts
-/// fill the columns of h in order.
+/// What an op uses of its parts.
+struct Uses {
+    /// The A matrices, of this width.
+    k: Option<usize>,
+    /// The B matrices, and columns of y, which has this width.
+    n: Option<usize>,
+    /// The parts must fill the columns of h in order.
+    whole: bool,
+}
+
+/// Checks the parts.
 fn group(
     cuda: &Cuda,
     op: &'static str,
     lora: &View<bf16>,
     parts: &[LoraPart],
     r: usize,
-    k: Option<usize>,
-    n: Option<usize>,
-    whole: bool,
+    uses: Uses,
 ) -> Result<ffi::lora::LoraGroup> {
+    let Uses { k, n, whole } = uses;
     if parts.is_empty() || parts.len() > MAX_PARTS {
         return Err(Error::Shape { op, argument: "parts", found: parts.len(), expected: MAX_PARTS });
     }
