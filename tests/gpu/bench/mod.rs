@@ -7,6 +7,7 @@
 //! Trials take turns on the GPU, and buffers are larger than its cache or alternate.
 
 mod attention;
+mod decode;
 mod elementwise;
 mod linear;
 mod nf4;
@@ -38,6 +39,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(products::trials());
     trials.extend(linear::trials());
     trials.extend(attention::trials());
+    trials.extend(decode::trials());
     trials.extend(optimizer::trials());
     trials
 }
