@@ -17,8 +17,9 @@ pub const CUBLAS_BYTES: usize = 32 << 20;
 /// Rows of logits that [`Backend::head_logits`](super::Backend::head_logits) computes at a time.
 const ROWS_AT_ONCE: usize = 64;
 
-/// New tokens of one call of attention over a cache.
-const DECODE_TOKENS: usize = 64;
+/// New tokens that attention over a cache takes at a time, and in a model made for training.
+const DECODE_TOKENS: usize = 256;
+const DECODE_TOKENS_IN_TRAINING: usize = 8;
 /// f64 partial sums of grad_norm.
 const GRAD_NORM_PARTIALS: usize = 1024;
 
@@ -82,7 +83,8 @@ pub fn workspace(needs: &Needs) -> Workspace {
     let fit = LOGITS_BYTES / (4 * needs.v.max(1)) / GRANULARITY * GRANULARITY;
     let head_rows = fit.clamp(GRANULARITY, LOGITS_ROWS).min(t.max(ROWS_AT_ONCE));
     let rows = head_rows * needs.c;
-    let decode = needs.heads.map_or(0, |heads| attention_decode_scratch(t.min(DECODE_TOKENS), heads));
+    let new_tokens = t.min(if needs.train { DECODE_TOKENS_IN_TRAINING } else { DECODE_TOKENS });
+    let decode = needs.heads.map_or(0, |heads| attention_decode_scratch(new_tokens, heads));
     Workspace {
         weights: weights.next_multiple_of(BLOCK),
         head_rows,

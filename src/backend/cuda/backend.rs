@@ -10,7 +10,7 @@ use super::optimizer::{Optimizer, Step, table_bytes};
 use super::scratch::{Scratch, missing};
 use super::transfer::{Host, Ticket};
 use super::{Cuda, head, linear, nvtx, ops};
-use crate::backend::workspace::GRANULARITY;
+use crate::backend::workspace::{GRANULARITY, attention_decode_scratch};
 use crate::backend::*;
 use crate::error::{Error, Result};
 use crate::tensor::HostMatrix;
@@ -317,9 +317,24 @@ impl Backend for Cuda {
     }
 
     fn attention_decode(&mut self, a: AttentionDecode<Self>) -> Result<()> {
-        let _ = a;
-        let why = "this version generates on the CPU".into();
-        Err(Error::Unavailable { what: "attention over a cache on the GPU".into(), why })
+        let (t, heads) = (a.t, a.heads);
+        let capacity = a.cache.k.len().min(a.cache.v.len()) / (heads.g * heads.d).max(1);
+        least("attention_decode", "cache", capacity, a.past + t)?;
+        self.op_with_scratch("attention_decode", |cuda, s| {
+            let room = |t: &usize| attention_decode_scratch(*t, heads) <= s.decode.len();
+            let most = (1..=t).rev().find(room).unwrap_or(1);
+            // Earlier rows do not see later ones, so they may come one chunk behind the other.
+            for first in (0..t).step_by(most) {
+                let t = most.min(t - first);
+                let (q, kv) = (heads.h * heads.d, heads.qkv());
+                let (o, qkv) = (a.o.range_mut(first * q..(first + t) * q), a.qkv.range(first * kv..(first + t) * kv));
+                let (k, v, scratch) = (a.cache.k.view_mut(), a.cache.v.view_mut(), s.decode.view_mut());
+                let positions = a.positions.range(first..first + t);
+                let op = ops::decode::AttentionDecode { o, k, v, qkv, positions, t, capacity, heads, scratch };
+                ops::decode::attention_decode(cuda, op)?;
+            }
+            Ok(())
+        })
     }
 }
 

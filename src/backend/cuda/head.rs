@@ -2,8 +2,9 @@
 
 use super::Cuda;
 use super::cublas::{matmul, plain};
-use super::linear::widened;
+use super::linear::{weight, widened};
 use super::ops::cross_entropy::{self as ops, AddLoss, CrossEntropy, GatherRows, ScatterRows};
+use super::ops::decode::{MATVEC_MAX_T, Matvec, matvec};
 use super::ops::gemm::Out;
 use super::scratch::Scratch;
 use crate::backend::workspace::GRANULARITY;
@@ -102,18 +103,20 @@ pub(super) fn logits(cuda: &Cuda, s: &mut Scratch, a: HeadLogits<Cuda>) -> Resul
         let first = i * most * v;
         let logits = Out::F32(a.logits.range_mut(first..first + count * v));
         let x = s.rows.view();
-        let head = widened(cuda, op, a.head, s.weights.view_mut())?;
-        matmul(cuda, cuda.products(), plain(logits, (x, c), (head, true), (count, v, c)))?;
+        if m <= MATVEC_MAX_T {
+            let w = weight(a.head);
+            matvec(cuda, Matvec { y: logits, ldy: v, x, w, h: None, bias: None, t: count })?;
+        } else {
+            let head = widened(cuda, op, a.head, s.weights.view_mut())?;
+            matmul(cuda, cuda.products(), plain(logits, (x, c), (head, true), (count, v, c)))?;
+        }
     }
     Ok(())
 }
 
-/// Rows whose numbers travel inside commands.
-const FEW: usize = 8;
-
 /// Puts the numbers of rows on the device: a few inside the commands, so that they may be recorded, more by a copy.
 fn set_rows(cuda: &Cuda, s: &mut Scratch, rows: &[usize]) -> Result<()> {
-    if rows.len() <= FEW {
+    if rows.len() <= MATVEC_MAX_T {
         let first = cuda.ptr(&s.row_ids.view())? as u64;
         for (i, &row) in rows.iter().enumerate() {
             cuda.set_words(first + (i * size_of::<i32>()) as u64, row as u32)?;

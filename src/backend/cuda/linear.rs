@@ -12,6 +12,7 @@ use super::cublas::{Products, matmul};
 use super::matrix::{Data, Matrix};
 use super::memory::{View, ViewMut};
 use super::ops::bias::{BiasRows, bias_rows};
+use super::ops::decode::{MATVEC_MAX_T, Matvec, Weight, matvec};
 use super::ops::gemm::{Gemm, Out, Pair};
 use super::ops::lora::{self, LoraBackward, LoraBackwardX, LoraExpand, LoraForward, LoraPart};
 use super::ops::nf4::Nf4Weight;
@@ -78,6 +79,7 @@ impl Cuda {
                 Err(Error::Unavailable { what: "HALFBYTE_LINEAR=slice_cublas".into(), why })
             }
             Some(forced) => Ok(forced),
+            None if t <= MATVEC_MAX_T => Ok(LinearKind::Matvec),
             None if t < FUSED_BELOW => Ok(LinearKind::Fused),
             None if self.cublas.is_some() => Ok(LinearKind::SliceCublas),
             None => Ok(LinearKind::Slice),
@@ -173,13 +175,23 @@ fn check(op: &'static str, w: &Linear<Cuda>, lora: Option<usize>) -> Result<()> 
     Ok(())
 }
 
+/// A matrix as the kernel for few tokens takes it.
+pub(super) fn weight(w: &Matrix) -> Weight<'_> {
+    let (n, k) = (w.n, w.k);
+    match &w.data {
+        Data::Bf16(dense) => Weight::Bf16 { w: dense.view(), n, k },
+        Data::Nf4 { packed, absmax, quant_type } => {
+            let (packed, absmax, quant_type) = (packed.view(), absmax.view(), *quant_type);
+            Weight::Nf4(Nf4Weight { packed, absmax, quant_type, n, k })
+        }
+    }
+}
+
 /// The 4-bit form of a matrix; None if it is in 16 bits.
 fn quantized(w: &Matrix) -> Option<Nf4Weight<'_>> {
-    match &w.data {
-        Data::Bf16(_) => None,
-        Data::Nf4 { packed, absmax, quant_type } => {
-            Some(Nf4Weight { packed: packed.view(), absmax: absmax.view(), quant_type: *quant_type, n: w.n, k: w.k })
-        }
+    match weight(w) {
+        Weight::Nf4(w) => Some(w),
+        Weight::Bf16 { .. } => None,
     }
 }
 
@@ -242,7 +254,18 @@ pub(super) fn forward(cuda: &Cuda, s: &mut Scratch, a: LinearForward<Cuda>) -> R
     let mut y = a.y.range_mut(0..t * n);
 
     match cuda.linear_kind(t)? {
-        LinearKind::Fused | LinearKind::Matvec => {
+        LinearKind::Matvec => {
+            for (part, pair) in parts.iter().zip(&pairs) {
+                for row in (0..t).step_by(MATVEC_MAX_T) {
+                    let rows = MATVEC_MAX_T.min(t - row);
+                    let h = pair.as_ref().map(|p| (p.a.range(row * r..p.a.len()), r, p.b, p.k));
+                    let y = Out::Bf16(y.reborrow().into_range(row * n + part.y..t * n));
+                    let (x, w, bias) = (x.range(row * k..t * k), weight(part.w), part.bias);
+                    matvec(cuda, Matvec { y, ldy: n, x, w, h, bias, t: rows })?;
+                }
+            }
+        }
+        LinearKind::Fused => {
             for (part, pair) in parts.iter().zip(pairs) {
                 let (c, bias) = (y.reborrow().into_range(part.y..t * n), part.bias);
                 match quantized(part.w) {

@@ -20,7 +20,6 @@ pub(super) struct Scratch {
     pub row_loss: Buffer<f32>,
     pub row_ids: Buffer<i32>,
     pub lora: Buffer<f32>,
-    #[expect(dead_code, reason = "attention over a cache comes to the GPU next")]
     pub decode: Buffer<f32>,
     pub norm: Buffer<f64>,
     pub step: Buffer<u32>,
