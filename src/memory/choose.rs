@@ -94,33 +94,42 @@ fn lowest(of: &Request) -> usize {
     of.adapter.layout.sites.iter().map(|s| s.layer).min().unwrap_or(0)
 }
 
-/// Measures `counts`, with the optimizer on the device if it fits there, else on the host.
-fn try_counts(of: &Request, counts: Counts) -> Result<Option<Plan>> {
+/// Measures `counts`; None: it does not fit.
+fn try_counts(of: &Request, counts: Counts, optimizer_on_device: bool) -> Result<Option<Plan>> {
     let layers = counts.layers(of.config.num_hidden_layers, lowest(of));
-    for on_device in [true, false] {
-        let plan = measure(of, &layers, on_device)?;
-        if fits(of, &plan) {
-            return Ok(Some(plan));
-        }
+    Ok(Some(measure(of, &layers, optimizer_on_device)?).filter(|plan| fits(of, plan)))
+}
+
+/// The first that fits: with the optimizer on the device, or on the host.
+fn either(f: impl Fn(bool) -> Result<Option<Plan>>) -> Result<Option<Plan>> {
+    match f(true)? {
+        Some(plan) => Ok(Some(plan)),
+        None => f(false),
     }
-    Ok(None)
 }
 
 const NOTHING: Counts = Counts { attention: 0, no_mlp: 0, all: 0, host: 0 };
 
 fn keep_all(of: &Request) -> Result<Option<Plan>> {
-    try_counts(of, Counts { all: of.config.num_hidden_layers, ..NOTHING })
+    either(|on_device| try_counts(of, Counts { all: of.config.num_hidden_layers, ..NOTHING }, on_device))
 }
 
-/// Every layer keeps its input alone; as few of them as possible on the host.
+/// Every layer keeps its input alone; as few of them as possible on the host, but rather all of them than the optimizer:
+/// copies of inputs run beside the work, those of its state stand in the way of the next step.
 fn recompute(of: &Request) -> Result<Option<Plan>> {
+    either(|on_device| recompute_with(of, on_device))
+}
+
+fn recompute_with(of: &Request, on_device: bool) -> Result<Option<Plan>> {
     let kept = of.config.num_hidden_layers - lowest(of);
     // More on the host is less on the device.
     let (mut low, mut high) = (0, kept);
-    let Some(mut best) = try_counts(of, Counts { host: kept, ..NOTHING })? else { return try_counts(of, NOTHING) };
+    let Some(mut best) = try_counts(of, Counts { host: kept, ..NOTHING }, on_device)? else {
+        return try_counts(of, NOTHING, on_device);
+    };
     while low < high {
         let host = (low + high) / 2;
-        match try_counts(of, Counts { host, ..NOTHING })? {
+        match try_counts(of, Counts { host, ..NOTHING }, on_device)? {
             Some(plan) => (best, high) = (plan, host),
             None => low = host + 1,
         }
@@ -209,7 +218,7 @@ impl Prices {
 fn choose(of: &Request) -> Result<Option<Plan>> {
     let prices = Prices::new(of)?;
     let kept = prices.kept;
-    let mut candidates: Vec<(f64, Counts)> = vec![];
+    let mut candidates: Vec<(f64, Counts, bool)> = vec![];
     for on_device in [true, false] {
         let state = prices.base.optimizer_bytes as f64;
         let (room, extra) = match on_device {
@@ -223,7 +232,7 @@ fn choose(of: &Request) -> Result<Option<Plan>> {
                     let fitting =
                         |&host: &usize| prices.bytes(with(host)) <= room && prices.host(with(host)).0 <= of.host as f64;
                     if let Some(host) = (0..=kept).find(fitting) {
-                        candidates.push((prices.seconds(with(host)) + extra, with(host)));
+                        candidates.push((prices.seconds(with(host)) + extra, with(host), on_device));
                     }
                 }
             }
@@ -231,8 +240,8 @@ fn choose(of: &Request) -> Result<Option<Plan>> {
     }
     candidates.sort_by(|a, b| a.0.total_cmp(&b.0));
     let (mut best, mut fitting): (Option<Plan>, usize) = (None, 0);
-    for &(_, counts) in candidates.iter().take(MEASURED) {
-        let Some(plan) = try_counts(of, counts)? else { continue };
+    for &(_, counts, on_device) in candidates.iter().take(MEASURED) {
+        let Some(plan) = try_counts(of, counts, on_device)? else { continue };
         fitting += 1;
         if best.as_ref().is_none_or(|b| plan.step.seconds < b.step.seconds) {
             best = Some(plan);

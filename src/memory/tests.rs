@@ -187,3 +187,24 @@ fn a_forward_alone_takes_little_beside_the_weights() {
     let total: usize = items.values().sum();
     assert!(total < 6 * GIB && !items.contains_key(&Item::Gradients), "{items:?}");
 }
+
+/// Peaks of another program in GB, its optimizer state not counted: with full recompute, and without.
+#[test]
+fn a_mistral_7b_takes_no_more_than_its_rival() {
+    let case = Case::new("mistral-7b");
+    for (sequences, length, recomputed, kept) in
+        [(1, 512, 4.91, 6.71), (1, 2048, 5.25, 12.79), (4, 2048, 6.89, 34.57), (1, 8192, 6.88, 36.80)]
+    {
+        for (mode, peak) in [(Mode::Recompute, recomputed), (Mode::Auto, kept)] {
+            let state = optimizer_bytes(OptimKind::PagedAdamw32bit, &case.adapter.layout.tensor_lens());
+            let of = case.of("h100", sequences, length, (peak * 1e9) as usize + state);
+            let plan = plan(&Request { mode, ..of }).unwrap();
+            assert!(
+                plan.optimizer_on_device && plan.device_bytes as f64 <= peak * 1e9,
+                "{sequences} × {length} {mode:?}"
+            );
+            let keep = if mode == Mode::Auto { Keep::All } else { Keep::Input };
+            assert!(plan.layers.iter().all(|l| l.keep == keep), "{sequences} × {length} {mode:?}");
+        }
+    }
+}
