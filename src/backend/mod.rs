@@ -88,7 +88,8 @@ pub trait Backend: Sized {
     fn alloc_act(&mut self, len: usize) -> Result<Self::Act>;
     fn alloc_f32(&mut self, len: usize) -> Result<Self::F32>;
     fn alloc_i32(&mut self, len: usize) -> Result<Self::I32>;
-    /// Moves a frozen matrix to the device, as it is: 4-bit stays 4-bit, 16-bit stays 16-bit.
+    /// Moves a frozen matrix to the device: 4-bit stays 4-bit, 16-bit stays 16-bit, [`HostMatrix::Quantize`] becomes 4-bit.
+    /// [`Error::Input`](crate::Error::Input) if a weight is NaN or infinite.
     fn upload(&mut self, w: &HostMatrix) -> Result<Self::Matrix>;
     /// Master = `init` (P), m = v = 0.
     fn new_optimizer(&mut self, of: NewOptimizer) -> Result<Self::Optimizer>;

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::QuantConfig;
@@ -15,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::model::shapes::Format;
 use crate::model::{ModelConfig, WeightSource};
 use crate::nf4::serialize::{self, Part, QuantState};
-use crate::nf4::{self, QuantType, Quantized};
+use crate::nf4::{QuantType, Quantized};
 use crate::tensor::{Dtype, HostMatrix, HostTensor};
 
 /// An open model directory.
@@ -87,7 +86,7 @@ impl ModelDir {
 
     /// Weights for `Model::load`. `quantize`: how to put 16/32-bit projections into 4 bits; None leaves them as they
     /// are. A 4-bit directory is used as it is. Embedding, norms, biases and head always stay dense.
-    /// NaN or infinite weights are an error of the source's methods, naming file and tensor.
+    /// NaN or infinite weights are an error naming file and tensor: of `vector` and, for matrices, of the upload.
     pub fn source(&self, quantize: Option<QuantConfig>) -> Result<Weights<'_>> {
         Ok(Weights { dir: self, quantize: quantize.filter(|_| !self.is_quantized()) })
     }
@@ -138,18 +137,16 @@ impl ModelDir {
 
     /// A dense tensor, mapped, checked for NaN and infinities.
     pub fn dense(&self, name: &str) -> Result<HostTensor> {
+        let tensor = self.unchecked(name)?;
+        tensor.check_finite()?;
+        Ok(tensor)
+    }
+
+    /// A dense tensor, mapped. Whoever reads it looks for NaN and infinities.
+    fn unchecked(&self, name: &str) -> Result<HostTensor> {
         let file = self.file_of(name)?;
         file.will_need(name);
-        let tensor = file.dense(name)?;
-        match first_not_finite(&tensor) {
-            None => Ok(tensor),
-            Some(i) => {
-                let mut value = [0.0];
-                tensor.widen(i, &mut value);
-                let found = format!("{} at index {i}", value[0]);
-                Err(Error::input(file.path(), format!("tensor {name}"), found, "finite weights"))
-            }
-        }
+        Ok(file.dense(name)?.named(file.path(), name))
     }
 
     /// A weight in 4 bits. Errors: not one, a missing or faulty part.
@@ -350,27 +347,6 @@ pub fn parse_index(file: &Path, text: &str) -> Result<Vec<(String, String)>> {
     Ok(places)
 }
 
-/// The index of the first NaN or infinity. All cores look: reading the file is the limit.
-pub(super) fn first_not_finite(tensor: &HostTensor) -> Option<usize> {
-    const CHUNK: usize = 1 << 20;
-    let size = tensor.dtype.size();
-    tensor.bytes().par_chunks(CHUNK).enumerate().find_map_first(|(i, bytes)| {
-        // Values whose exponent bits are all ones. Counting first keeps the loop free of branches.
-        let at = match tensor.dtype {
-            Dtype::F32 => position(bytes, |b: [u8; 4]| u32::from_le_bytes(b) & 0x7F80_0000 == 0x7F80_0000),
-            Dtype::Bf16 => position(bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7F80 == 0x7F80),
-            Dtype::F16 => position(bytes, |b: [u8; 2]| u16::from_le_bytes(b) & 0x7C00 == 0x7C00),
-        };
-        at.map(|at| i * (CHUNK / size) + at)
-    })
-}
-
-fn position<const S: usize>(bytes: &[u8], bad: impl Fn([u8; S]) -> bool) -> Option<usize> {
-    let (values, _) = bytes.as_chunks::<S>();
-    let any = values.iter().fold(false, |any, &v| any | bad(v));
-    if any { values.iter().position(|&v| bad(v)) } else { None }
-}
-
 /// The weights of a [`ModelDir`], one at a time.
 pub struct Weights<'a> {
     dir: &'a ModelDir,
@@ -386,13 +362,16 @@ impl WeightSource for Weights<'_> {
         if self.dir.is_packed(name) {
             return self.dir.quantized(name).map(HostMatrix::Quantized);
         }
-        let tensor = self.dir.dense(name)?;
-        let projection = self.dir.weights.iter().any(|w| w.name == name && w.role == Role::Projection);
-        let Some(quantize) = self.quantize.filter(|_| projection) else {
-            return Ok(HostMatrix::Dense(tensor));
-        };
-        let q = nf4::quantize(&tensor, quantize.quant_type, quantize.double_quant);
-        self.dir.release(name);
-        Ok(HostMatrix::Quantized(q))
+        let tensor = self.dir.unchecked(name)?;
+        // The disk reads the next tensor while this one goes to the device.
+        let here = self.dir.weights.iter().position(|w| w.name == name);
+        if let Some(next) = here.and_then(|here| self.dir.weights.get(here + 1)) {
+            self.dir.file_of(&next.name)?.will_need(&next.name);
+        }
+        let projection = here.is_some_and(|here| self.dir.weights[here].role == Role::Projection);
+        Ok(match self.quantize.filter(|_| projection) {
+            Some(config) => HostMatrix::Quantize(tensor, config),
+            None => HostMatrix::Dense(tensor),
+        })
     }
 }

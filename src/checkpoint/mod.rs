@@ -19,14 +19,6 @@ pub mod state;
 #[cfg(test)]
 mod tests;
 
+pub use crate::nf4::QuantConfig;
 pub use dir::{ModelDir, TensorInfo, Weights};
 pub use safetensors_file::SafeTensors;
-
-use crate::nf4::QuantType;
-
-/// How to put 16/32-bit projections into 4 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QuantConfig {
-    pub quant_type: QuantType,
-    pub double_quant: bool,
-}

@@ -9,7 +9,6 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::atomic::{self, DirWriter};
-use super::dir::first_not_finite;
 use super::json::{Keys, is_off, parse_object, read_text, shorten};
 use super::safetensors_file::{FileDtype, SafeTensors};
 use super::safetensors_write::{Spec, write_to};
@@ -184,7 +183,7 @@ fn read_weights(file: &SafeTensors, layout: &AdapterLayout, model: &ModelConfig)
             }
             let out = &mut weights[range];
             tensor.widen(0, out);
-            if let Some(i) = first_not_finite(&tensor) {
+            if let Some(i) = tensor.first_not_finite() {
                 return Err(fault(format!("{} at index {i}", out[i]), "finite weights".into()));
             }
             wanted.insert(name);

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::atomic::DirWriter;
-use super::dir::first_not_finite;
 use super::json::{Keys, parse_object, read_text};
 use super::peft;
 use super::safetensors_file::{FileDtype, SafeTensors};
@@ -123,7 +122,7 @@ fn read_optimizer(path: &Path, layout: &AdapterLayout) -> Result<OptimizerState>
         let tensor = file.dense(name)?;
         expect(name, &tensor.shape, len)?;
         let fault = |found: String, expected: String| Error::input(path, format!("tensor {name}"), found, expected);
-        match first_not_finite(&tensor) {
+        match tensor.first_not_finite() {
             None => Ok(tensor.to_f32()),
             Some(i) => Err(fault(format!("NaN or infinity at index {i}"), "finite values".into())),
         }

@@ -274,19 +274,22 @@ impl Backend for Meter {
     fn upload(&mut self, w: &HostMatrix) -> Result<Matrix> {
         let (n, k) = w.dims();
         let before = self.device_bytes();
-        let HostMatrix::Quantized(q) = w else {
-            self.take(ACT * n * k);
-            return Ok(Matrix { n, k, packed: None });
+        let double_quant = match w {
+            HostMatrix::Dense(_) => {
+                self.take(ACT * n * k);
+                return Ok(Matrix { n, k, packed: None });
+            }
+            HostMatrix::Quantize(_, config) => config.double_quant,
+            HostMatrix::Quantized(q) => matches!(q.absmax, Absmax::Double { .. }),
         };
         let blocks = (n * k).div_ceil(nf4::BLOCK);
         self.take((n * k).div_ceil(2));
-        match q.absmax {
-            Absmax::Plain(_) => self.take(4 * blocks),
-            Absmax::Double { .. } => {
-                self.take(blocks);
-                self.take(4 * blocks.div_ceil(nf4::NESTED_BLOCK));
-                self.take(4);
-            }
+        if double_quant {
+            self.take(blocks);
+            self.take(4 * blocks.div_ceil(nf4::NESTED_BLOCK));
+            self.take(4);
+        } else {
+            self.take(4 * blocks);
         }
         Ok(Matrix { n, k, packed: Some(self.device_bytes() - before) })
     }

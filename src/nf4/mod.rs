@@ -23,6 +23,13 @@ pub enum QuantType {
     Fp4,
 }
 
+/// How to put 16/32-bit projections into 4 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuantConfig {
+    pub quant_type: QuantType,
+    pub double_quant: bool,
+}
+
 /// One absmax per block of 64, as is or quantised again (`bnb_4bit_use_double_quant`).
 #[derive(Clone, Debug, PartialEq)]
 pub enum Absmax {

@@ -245,7 +245,7 @@ impl<D: Device> Case<D> {
         let mut source = dir.source(Some(NF4))?;
         let mut in_four_bits = 0;
         for name in fixture.names() {
-            let found = source.matrix(name)?;
+            let found = source.matrix(name)?.quantized()?;
             in_four_bits += usize::from(matches!(found, HostMatrix::Quantized(_)));
             let (found, expected) = (found.to_f32(), fixture.f32s(name)?);
             match self.tag {
@@ -288,7 +288,7 @@ impl<D: Device> Case<D> {
             let HostMatrix::Quantized(stored) = dir.source(None)?.matrix(name)? else { continue };
             let double_quant = matches!(stored.absmax, Absmax::Double { .. });
             let config = QuantConfig { quant_type: stored.quant_type, double_quant };
-            let HostMatrix::Quantized(ours) = sixteen_bit.source(Some(config))?.matrix(name)? else {
+            let HostMatrix::Quantized(ours) = sixteen_bit.source(Some(config))?.matrix(name)?.quantized()? else {
                 return Err(format!("{name} was not put into 4 bits").into());
             };
             same_bytes(name, &ours.packed, &stored.packed)?;

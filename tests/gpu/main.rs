@@ -20,6 +20,7 @@ mod grad_norm;
 mod head;
 mod head_norm;
 mod linear;
+mod load;
 mod lora;
 mod model;
 mod nf4;
@@ -54,6 +55,7 @@ fn main() {
     trials.extend(embedding::trials());
     trials.extend(gemm::trials());
     trials.extend(grad_norm::trials());
+    trials.extend(load::trials());
     trials.extend(head_norm::trials());
     trials.extend(head::trials());
     trials.extend(linear::trials());

@@ -35,15 +35,15 @@ enum Data {
 impl Matrix {
     pub(super) fn new(w: &HostMatrix) -> Result<Self> {
         let shape = match w {
-            HostMatrix::Dense(t) => &t.shape,
+            HostMatrix::Dense(t) | HostMatrix::Quantize(t, _) => &t.shape,
             HostMatrix::Quantized(q) => &q.shape,
         };
         let &[n, k] = shape.as_slice() else {
             return Err(Error::Shape { op: "upload", argument: "w (dimensions)", found: shape.len(), expected: 2 });
         };
-        let data = match w {
-            HostMatrix::Dense(t) => Data::Dense(t.clone()),
-            HostMatrix::Quantized(q) => Data::Quantized { absmax: q.decoded_absmax(), q: q.clone() },
+        let data = match w.clone().quantized()? {
+            HostMatrix::Dense(t) | HostMatrix::Quantize(t, _) => Data::Dense(t),
+            HostMatrix::Quantized(q) => Data::Quantized { absmax: q.decoded_absmax(), q },
         };
         Ok(Self { n, k, data })
     }

@@ -6,8 +6,7 @@ use super::Cuda;
 use super::memory::{ALIGNMENT, Buffer, View, ViewMut};
 use super::ops::nf4::{self, Nf4Dequantize, Output};
 use crate::error::{Error, Result};
-use crate::nf4::{QuantType, Quantized};
-use crate::tensor::{Dtype, HostMatrix, HostTensor};
+use crate::nf4::QuantType;
 
 /// A frozen matrix (N, K), row-major.
 pub struct Matrix {
@@ -93,55 +92,14 @@ impl Matrix {
 }
 
 /// The (N, K) of a tensor. [`Error::Shape`] unless it has two dimensions.
-fn dims(shape: &[usize]) -> Result<(usize, usize)> {
+pub(super) fn dims(shape: &[usize]) -> Result<(usize, usize)> {
     match *shape {
         [n, k] => Ok((n, k)),
         _ => Err(Error::Shape { op: "upload", argument: "w (dimensions)", found: shape.len(), expected: 2 }),
     }
 }
 
-/// All elements, rounded to bf16.
-fn to_bf16(t: &HostTensor) -> Vec<bf16> {
-    let mut wide = vec![0.0f32; (1 << 16).min(t.len())];
-    let mut out = Vec::with_capacity(t.len());
-    while out.len() < t.len() {
-        let count = wide.len().min(t.len() - out.len());
-        t.widen(out.len(), &mut wide[..count]);
-        out.extend(wide[..count].iter().map(|&x| bf16::from_f32(x)));
-    }
-    out
-}
-
 impl Cuda {
-    /// Moves a matrix to the device: 4-bit stays 4-bit, everything else becomes bf16.
-    pub fn upload_matrix(&self, w: &HostMatrix) -> Result<Matrix> {
-        match w {
-            HostMatrix::Dense(t) => {
-                let (n, k) = dims(&t.shape)?;
-                let data = match (t.dtype, bytemuck::try_cast_slice::<u8, bf16>(t.bytes())) {
-                    (Dtype::Bf16, Ok(elements)) => self.upload(elements)?,
-                    _ => self.upload(&to_bf16(t))?,
-                };
-                Ok(Matrix { n, k, data: Data::Bf16(data) })
-            }
-            HostMatrix::Quantized(q) => self.upload_quantized(q),
-        }
-    }
-
-    fn upload_quantized(&self, q: &Quantized) -> Result<Matrix> {
-        let (n, k) = dims(&q.shape)?;
-        let packed = self.upload(&q.packed)?;
-        let absmax = match &q.absmax {
-            crate::nf4::Absmax::Plain(absmax) => Absmax::Plain(self.upload(absmax)?),
-            crate::nf4::Absmax::Double { codes, nested_absmax, offset } => Absmax::Double {
-                codes: self.upload(codes)?,
-                nested_absmax: self.upload(nested_absmax)?,
-                offset: self.upload(&[*offset])?,
-            },
-        };
-        Ok(Matrix { n, k, data: Data::Nf4 { packed, absmax, quant_type: q.quant_type } })
-    }
-
     /// out (N*K or more) = the matrix in bf16.
     pub fn widen_matrix(&self, out: ViewMut<bf16>, w: &Matrix) -> Result<()> {
         if out.len() < w.len() {

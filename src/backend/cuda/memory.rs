@@ -190,27 +190,33 @@ impl Cuda {
         let size = len.checked_mul(size_of::<T>()).filter(|&size| size <= isize::MAX as usize / 2);
         let too_large = || Error::Cuda { op: "allocating".into(), detail: format!("{len} elements exceed any memory") };
         let size = size.ok_or_else(too_large)?;
-        let (address, owner) = match &self.arena {
-            Some(arena) => {
-                let full = |left| Error::Cuda {
-                    op: "arena".into(),
-                    detail: format!(
-                        "{size} bytes asked for, {left} of {} left: the plan counted less",
-                        arena.bytes.len()
-                    ),
-                };
-                (arena.take(size).map_err(full)?, Owner::Arena { _arena: arena.clone() })
-            }
-            None => {
-                self.calls.allocation();
-                // SAFETY: as in `reserve`.
-                let bytes = unsafe { self.stream.alloc::<u8>(size.max(1)) };
-                let bytes = bytes.map_err(|e| driver_error(format!("allocating {size} bytes"), e))?;
-                let address = bytes.device_ptr(&self.stream).0;
-                (address, Owner::Alone { _bytes: bytes })
-            }
+        let Some(arena) = &self.arena else { return self.allocate_alone(len) };
+        let full = |left| Error::Cuda {
+            op: "arena".into(),
+            detail: format!("{size} bytes asked for, {left} of {} left: the plan counted less", arena.bytes.len()),
         };
+        let (address, owner) = (arena.take(size).map_err(full)?, Owner::Arena { _arena: arena.clone() });
         Ok(Buffer { address, len, stream: self.stream.clone(), _owner: owner, element: PhantomData })
+    }
+
+    /// The same as an allocation of its own, which goes back to the driver with the buffer.
+    pub(super) fn allocate_alone<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let size = len.saturating_mul(size_of::<T>());
+        self.calls.allocation();
+        // SAFETY: as in `reserve`.
+        let bytes = unsafe { self.stream.alloc::<u8>(size.max(1)) };
+        let bytes = bytes.map_err(|e| driver_error(format!("allocating {size} bytes"), e))?;
+        let address = bytes.device_ptr(&self.stream).0;
+        let owner = Owner::Alone { _bytes: bytes };
+        Ok(Buffer { address, len, stream: self.stream.clone(), _owner: owner, element: PhantomData })
+    }
+
+    /// The address of the last `bytes` bytes of the arena, if none of them has been taken. They are lent until the next
+    /// allocation: whoever gets them then uses them behind what is launched now.
+    pub(super) fn arena_end(&self, bytes: usize) -> Option<u64> {
+        let arena = self.arena.as_ref()?;
+        let start = arena.bytes.len().checked_sub(bytes)? / ALIGNMENT * ALIGNMENT;
+        (arena.used.load(Ordering::Relaxed) <= start).then_some(arena.base + start as u64)
     }
 
     /// A buffer of `len` elements whose bytes are all zero.

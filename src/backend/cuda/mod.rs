@@ -10,6 +10,7 @@ mod ffi;
 mod graph;
 mod head;
 mod linear;
+pub mod load;
 pub mod managed;
 pub mod matrix;
 pub mod memory;
@@ -22,8 +23,8 @@ pub mod transfer;
 
 use std::collections::BTreeMap;
 use std::ffi::c_int;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
@@ -39,6 +40,8 @@ pub struct Cuda {
     cublas: Option<cublas::Cublas>,
     scratch: Option<Box<scratch::Scratch>>,
     transfers: Option<transfer::Transfers>,
+    /// While weights come.
+    loader: Mutex<Option<load::Loader>>,
     /// What buffers are cut from once it is reserved.
     arena: Option<Arc<memory::Arena>>,
 
@@ -150,6 +153,7 @@ impl Cuda {
             cublas: None,
             scratch: None,
             transfers: None,
+            loader: Mutex::new(None),
             arena: None,
             context,
             stream,

@@ -70,6 +70,8 @@ impl Cuda {
             }
             sizes = sizes.max(old.sizes);
         }
+        // The weights have come.
+        self.end_of_loading();
         // Records name the old scratch.
         self.graphs.forget();
         self.scratch = None;

@@ -5,6 +5,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{assert_input, copy_of, fixture, join, set_key, split};
+use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
 use crate::checkpoint::safetensors_file::{SafeTensors, parse};
 use crate::checkpoint::{ModelDir, QuantConfig, config, peft};
 use crate::error::Error;
@@ -214,9 +216,13 @@ fn nan_and_infinite_weights_are_named_when_they_are_read() {
         join(&file, &Value::Object(header).to_string(), &data);
         let model = ModelDir::open(dir.path()).unwrap();
         let mut source = model.source(Some(quantize)).unwrap();
-        assert_input(source.matrix(GATE), &["model.safetensors", GATE, &format!("{shown} at index 77"), "finite"]);
+        let mut cpu = Cpu::new(Some(1));
+        assert_input(
+            cpu.upload(&source.matrix(GATE).unwrap()),
+            &["model.safetensors", GATE, &format!("{shown} at index 77"), "finite"],
+        );
         assert_input(source.vector("model.norm.weight"), &[&format!("{shown} at index 5")]);
-        source.matrix("lm_head.weight").unwrap();
+        cpu.upload(&source.matrix("lm_head.weight").unwrap()).unwrap();
     }
 }
 

@@ -95,7 +95,7 @@ fn a_sharded_4_bit_directory_and_one_of_each_kind_read_back() {
                     assert_eq!(a.vector(&t.name).unwrap().bytes(), b.vector(&t.name).unwrap().bytes());
                     continue;
                 }
-                match (a.matrix(&t.name).unwrap(), b.matrix(&t.name).unwrap()) {
+                match (a.matrix(&t.name).unwrap().quantized().unwrap(), b.matrix(&t.name).unwrap()) {
                     (HostMatrix::Dense(x), HostMatrix::Dense(y)) => assert_eq!(x.bytes(), y.bytes()),
                     (HostMatrix::Quantized(x), HostMatrix::Quantized(y)) => assert_eq!(x, y, "{}", t.name),
                     other => panic!("{}: {other:?}", t.name),
@@ -127,7 +127,8 @@ fn modules_left_in_16_bits_stay_so_through_writing_and_reading() {
     let mut source = back.source(Some(NF4)).unwrap();
     for t in dir.tensors().filter(|t| t.shape.len() == 2) {
         let stays = expected.iter().any(|m| t.name == format!("{m}.weight")) || !t.name.contains("_proj");
-        match source.matrix(&t.name).unwrap() {
+        match source.matrix(&t.name).unwrap().quantized().unwrap() {
+            HostMatrix::Quantize(..) => panic!("{} was left as it was", t.name),
             HostMatrix::Dense(w) => assert!(stays && w.bytes() == dir.dense(&t.name).unwrap().bytes(), "{}", t.name),
             HostMatrix::Quantized(q) => {
                 assert!(!stays, "{}", t.name);

@@ -9,6 +9,7 @@ pub mod decode;
 pub mod embedding;
 pub mod gemm;
 pub mod grad_norm;
+pub mod load;
 pub mod lora;
 pub mod nf4;
 pub mod nf4_gemm;
