@@ -13,16 +13,20 @@ use crate::error::Result;
 
 /// Graphs kept; the one used longest ago goes first.
 const GRAPHS: usize = 16;
+/// Recordings that may fail before none is tried any more.
+const FAILURES: usize = 3;
 /// Keys remembered that have run once.
 const SEEN: usize = 256;
 
 /// The records of this backend.
 #[derive(Default)]
 pub(super) struct Graphs {
-    /// `HALFBYTE_GRAPH=0`, [`Cuda::use_graphs`], or a record that failed.
+    /// `HALFBYTE_GRAPH=0`, [`Cuda::use_graphs`], or recordings that failed.
     pub off: bool,
     /// Whether ops are being recorded now.
     pub recording: bool,
+    /// Recordings that failed.
+    failures: usize,
     /// Keys that have run, the latest last.
     seen: VecDeque<StepKey>,
     /// Records, the one used last at the end.
@@ -90,14 +94,17 @@ impl Cuda {
                 launched.map_err(|e| driver_error("cuGraphLaunch", e))
             }
             None => {
-                self.graphs.off = true;
+                // What is really wrong shows when the ops run.
+                self.graphs.failures += 1;
+                self.graphs.off = self.graphs.failures >= FAILURES;
                 f(self)?;
                 self.join_transfers()
             }
         }
     }
 
-    /// What `f` launches, without running it. None if the driver cannot record it.
+    /// What `f` launches, without running it. None if it could not be recorded: work of another thread of the process can
+    /// spoil a recording.
     fn record(&mut self, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<CudaGraph>> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(|e| driver_error("cuStreamBeginCapture", e))?;
@@ -105,7 +112,9 @@ impl Cuda {
         let ran = f(self).and_then(|()| self.join_transfers());
         self.graphs.recording = false;
         let record = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
-        ran?;
+        if ran.is_err() {
+            return Ok(None);
+        }
         self.calls.record();
         Ok(record.ok().flatten())
     }
