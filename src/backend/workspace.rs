@@ -141,7 +141,45 @@ impl Workspace {
 
 #[cfg(test)]
 mod tests {
-    use super::lora_scratch;
+    use super::*;
+
+    /// Mistral-7B with rank 16 on everything.
+    fn mistral(t: usize) -> Needs {
+        let heads = Some(Heads { h: 32, g: 8, d: 128, window: None });
+        let (part, group, n, k) = (14_336 * 4096, 28_672 * 4096, 28_672, 14_336);
+        Needs { t, c: 4096, v: 32_000, part, group, n, k, r: 48, trainable: 1, heads, train: true, dropout: false }
+    }
+
+    #[test]
+    fn a_chunk_of_logits_is_whole_granules_and_keeps_to_its_bytes() {
+        for (t, v) in [(1, 7), (64, 32_000), (8192, 32_000), (8192, 151_936), (100, 1_000_000_000)] {
+            let w = workspace(&Needs { v, ..mistral(t) });
+            assert!(w.head_rows.is_multiple_of(GRANULARITY) && w.head_rows <= LOGITS_ROWS, "{t} {v}: {}", w.head_rows);
+            assert!(4 * w.logits <= LOGITS_BYTES || w.head_rows == GRANULARITY, "{t} {v}");
+        }
+        assert_eq!(workspace(&mistral(8192)).head_rows, 1024);
+        assert_eq!(workspace(&mistral(512)).head_rows, 512);
+    }
+
+    #[test]
+    fn weights_hold_a_projection_and_a_small_group() {
+        assert_eq!(workspace(&mistral(64)).weights, 14_336 * 4096);
+        let small = Needs { part: 1000, group: 3000, ..mistral(64) };
+        assert_eq!(workspace(&small).weights, 3008);
+        assert_eq!(workspace(&Needs { part: 0, group: 0, ..small }).weights, 0);
+    }
+
+    #[test]
+    fn more_tokens_never_need_less() {
+        let mut last = workspace(&mistral(1));
+        for t in [2, 64, 65, 100, 512, 1000, 8192, 100_000] {
+            let next = workspace(&mistral(t));
+            assert!(next.covers(last), "{t}: {next:?} after {last:?}");
+            assert_eq!((next.max(last), last.max(next)), (next, next));
+            last = next;
+        }
+        assert!(!workspace(&mistral(64)).covers(last));
+    }
 
     #[test]
     fn scratch_rises_with_each_argument() {
