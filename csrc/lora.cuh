@@ -53,11 +53,13 @@ __device__ __forceinline__ void load8(char *to, const bf16 *from, int valid, boo
         cp_async16(shared_address(to), from, true);
         return;
     }
-    Vec8<bf16> v;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) v.at[e] = e < valid ? from[e] : __float2bfloat16_rn(0.0f);
-    *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<uint4 *>(&v);
+#pragma unroll 1 // little code: it stands wherever tiles are loaded
+    for (int e = 0; e < 8; ++e) reinterpret_cast<bf16 *>(to)[e] = e < valid ? from[e] : __float2bfloat16_rn(0.0f);
 }
+
+inline int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+constexpr int CTAS = 256; // about as many as a sweep is split into: two on each SM of a large card
 
 constexpr int TILE_T = 64;  // rows of a tile of the tall matrix
 constexpr int TILE_W = 128; // its columns
@@ -124,41 +126,58 @@ __global__ void __launch_bounds__(LORA_THREADS, ROWS && COLS && RT == 32 ? 1 : 2
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int g = lane / 4, i = lane % 4;
 
+    // Tiles are loaded in the order in which they are used: these are the first row and column of the next.
+    int next_t = t_first, next_w = w_first;
+    const bf16 *own = a.s + size_t(tid / 16) * a.ld + (strip.col + tid % 16 * 8);
     const auto load = [&](int step) {
         char *to = shared + step % STAGES * Shared::STAGE;
-        const int t0 = t_first + step / w_tiles * TILE_T, w0 = w_first + step % w_tiles * TILE_W;
-#pragma unroll 2
-        for (int n = 0; n < TILE_T * TILE_W / 8 / LORA_THREADS; ++n) {
-            const int row = (tid + n * LORA_THREADS) / 16, chunk = tid % 16;
-            const int valid = t0 + row < a.t ? width - (w0 + 8 * chunk) : 0;
-            const bf16 *from = a.s + size_t(t0 + row) * a.ld + (strip.col + w0 + 8 * chunk);
-            load8(to + tile_offset<16>(row, chunk), from, valid, a.s_aligned);
+        const int t0 = next_t, w0 = next_w;
+        next_w += TILE_W;
+        if (next_w >= w_end) {
+            next_w = w_first;
+            next_t += TILE_T;
+        }
+        const bf16 *from = own + size_t(t0) * a.ld + w0;
+        const uint32_t at = tile_offset<16>(tid / 16, tid % 16);
+        if (a.s_aligned && t0 + TILE_T <= a.t && w0 + TILE_W <= width) {
+#pragma unroll
+            for (int n = 0; n < TILE_T / 16; ++n)
+                cp_async16(shared_address(to + at + n * 16 * TILE_W * 2), from + n * 16 * a.ld, true);
+        } else {
+#pragma unroll 1
+            for (int n = 0; n < TILE_T / 16; ++n) {
+                const int valid = t0 + tid / 16 + n * 16 < a.t ? width - (w0 + tid % 16 * 8) : 0;
+                load8(to + at + n * 16 * TILE_W * 2, from + n * 16 * a.ld, valid, a.s_aligned);
+            }
         }
         to += Shared::S;
         if constexpr (ROWS && !M_IS_B) { // (rank, column)
-            for (int n = tid; n < live * 16 * 16; n += LORA_THREADS) {
-                const int row = n / 16, chunk = n % 16, j = strip.first + row;
+            for (int n = 0; n < live; ++n) {
+                const int row = tid / 16 + n * 16, chunk = tid % 16, j = strip.first + row;
                 const LoraPart &of = group.parts[part_of(group, j)];
                 const int valid = row < count ? width - (w0 + 8 * chunk) : 0;
-                const bf16 *from = group.lora + of.a + size_t(row < count ? j - of.h : 0) * a.ld + (w0 + 8 * chunk);
-                load8(to + tile_offset<16>(row, chunk), from, valid, a.m_aligned);
+                const bf16 *rank = group.lora + of.a + size_t(row < count ? j - of.h : 0) * a.ld;
+                load8(to + tile_offset<16>(row, chunk), rank + (w0 + 8 * chunk), valid, a.m_aligned);
             }
         }
         if constexpr (ROWS && M_IS_B) { // (column, rank)
-            for (int n = tid; n < TILE_W * live * 2; n += LORA_THREADS) {
-                const int row = n / (live * 2), chunk = n % (live * 2);
+#pragma unroll
+            for (int n = 0; n < TILE_W * RC / LORA_THREADS; ++n) {
+                const int row = (tid + n * LORA_THREADS) / RC, chunk = tid % RC;
                 const int valid = w0 + row < width ? count - 8 * chunk : 0;
-                const bf16 *from = group.lora + part.b + size_t(w0 + row) * part.r + (strip.first - part.h + 8 * chunk);
-                load8(to + tile_offset<RC>(row, chunk), from, valid, a.m_aligned);
+                const bf16 *rank = group.lora + part.b + size_t(w0 + row) * part.r + (strip.first - part.h + 8 * chunk);
+                if (chunk < live * 2) load8(to + tile_offset<RC>(row, chunk), rank, valid, a.m_aligned);
             }
         }
         to += Shared::M;
         if constexpr (COLS) { // (row, rank)
-            for (int n = tid; n < TILE_T * live * 2; n += LORA_THREADS) {
-                const int row = n / (live * 2), chunk = n % (live * 2);
+#pragma unroll
+            for (int n = 0; n < ceil_div(TILE_T * RC, LORA_THREADS); ++n) {
+                const int row = (tid + n * LORA_THREADS) / RC, chunk = tid % RC;
                 const int valid = t0 + row < a.t ? count - 8 * chunk : 0;
-                const bf16 *from = a.h + size_t(t0 + row) * group.r + (strip.first + 8 * chunk);
-                load8(to + tile_offset<RC>(row, chunk), from, valid, a.h_aligned);
+                const bf16 *rank = a.h + size_t(t0 + row) * group.r + (strip.first + 8 * chunk);
+                if (row < TILE_T && chunk < live * 2)
+                    load8(to + tile_offset<RC>(row, chunk), rank, valid, a.h_aligned);
             }
         }
     };
