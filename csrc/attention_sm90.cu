@@ -55,12 +55,22 @@ template <int D> __global__ void __launch_bounds__(THREADS, 1) attention_forward
     wgmma_commit();
     wgmma_wait<0>();
     pin(s);
-    mask_keys(s, begin * KEYS, warp_row, a.window);
+    mask_keys(s, begin * KEYS, warp_row, a.window, -INFINITY);
     softmax_tile(s, top, sum, rescale, c);
-    pack(p, s);
 
-    // Scores of the next tile and the output of this one are computed together; the softmax of the former hides the latter.
+    // What a tile's probabilities wait for: the product of those before them, which still reads p and adds to o.
+    const auto take_probabilities = [&] {
+        wgmma_wait<0>();
+        pin(o);
+#pragma unroll
+        for (int n = 0; n < D / 2; ++n) o[n] *= rescale[n % 4 / 2];
+        pack(p, s);
+    };
+
+    // Scores of the next tile and the output of this one are computed together; the softmax of the former hides the latter,
+    // whose end is awaited only in the next round.
     for (int j = begin; j + 1 < end; ++j) {
+        take_probabilities();
         cp_async_wait<0>();
         fence_for_wgmma();
         __syncthreads();
@@ -77,15 +87,11 @@ template <int D> __global__ void __launch_bounds__(THREADS, 1) attention_forward
 
         wgmma_wait<1>();
         pin(s);
-        mask_keys(s, (j + 1) * KEYS, warp_row, a.window);
+        mask_keys(s, (j + 1) * KEYS, warp_row, a.window, -INFINITY);
         softmax_tile(s, top, sum, rescale, c);
-        wgmma_wait<0>();
-        pin(o);
-#pragma unroll
-        for (int n = 0; n < D / 2; ++n) o[n] *= rescale[n % 4 / 2];
-        pack(p, s);
     }
 
+    take_probabilities();
     cp_async_wait<0>();
     fence_for_wgmma();
     __syncthreads();

@@ -106,27 +106,27 @@ template <int D> __device__ __forceinline__ Inputs inputs_of(const bf16 *qkv, in
     return {sequence + head * D, sequence + (h + kv) * D, sequence + (h + g + kv) * D, ld};
 }
 
-// Scores of a warp's rows (queries) and of keys from `key0` on that the rows do not see become -inf.
+// What belongs to a warp's rows (queries) and to keys from `key0` on that they do not see becomes `hidden`.
 template <int HALF_N>
-__device__ __forceinline__ void mask_keys(float (&s)[HALF_N], int key0, int warp_row, int window) {
+__device__ __forceinline__ void mask_keys(float (&s)[HALF_N], int key0, int warp_row, int window, float hidden) {
     if (key0 + 2 * HALF_N - 1 <= warp_row && key0 > warp_row + 15 - window) return;
     const int row = warp_row + threadIdx.x % 32 / 4, key = key0 + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < HALF_N; ++n) {
         const int j = key + n / 4 * 8 + n % 2, i = row + n % 4 / 2 * 8;
-        if (j > i || j <= i - window) s[n] = -INFINITY;
+        if (j > i || j <= i - window) s[n] = hidden;
     }
 }
 
 // The same where rows are keys and columns, from `query0` on, queries.
 template <int HALF_N>
-__device__ __forceinline__ void mask_queries(float (&s)[HALF_N], int query0, int warp_row, int window) {
+__device__ __forceinline__ void mask_queries(float (&s)[HALF_N], int query0, int warp_row, int window, float hidden) {
     if (warp_row + 15 <= query0 && warp_row > query0 + 2 * HALF_N - 1 - window) return;
     const int row = warp_row + threadIdx.x % 32 / 4, query = query0 + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < HALF_N; ++n) {
         const int i = query + n / 4 * 8 + n % 2, j = row + n % 4 / 2 * 8;
-        if (j > i || j <= i - window) s[n] = -INFINITY;
+        if (j > i || j <= i - window) s[n] = hidden;
     }
 }
 
@@ -175,12 +175,25 @@ inline cudaError_t check_device() {
     return major == 9 ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 
+// `cluster` CTAs to a cluster; the grid is a multiple of it.
 template <typename A>
-cudaError_t launch(void (*kernel)(A), size_t ctas, size_t shared_bytes, const A &a, cudaStream_t stream) {
+cudaError_t launch(void (*kernel)(A), size_t ctas, size_t shared_bytes, const A &a, cudaStream_t stream, int cluster = 1) {
     if (ctas > 0x7fffffff) return cudaErrorInvalidValue;
-    const cudaError_t status =
+    cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (status != cudaSuccess) return status;
-    kernel<<<unsigned(ctas), THREADS, shared_bytes, stream>>>(a);
-    return cudaGetLastError();
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(cluster);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(ctas));
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    status = cudaLaunchKernelEx(&config, kernel, a);
+    return status == cudaSuccess ? cudaGetLastError() : status;
 }
