@@ -1,4 +1,4 @@
-//! csrc/gemm.cu.
+//! csrc/gemm.cu and csrc/gemm_sm90.cu: two kernels behind the same arguments.
 
 use std::ffi::c_void;
 
@@ -29,9 +29,10 @@ pub struct Gemm {
     pub c_dtype: Dtype,
 }
 
-// The same number stands in a static_assert of csrc/gemm.cu.
+// The same number stands in a static_assert of csrc/gemm_args.cuh.
 const _: () = assert!(size_of::<Gemm>() == 120);
 
 unsafe extern "C" {
     pub fn gemm(args: *const Gemm, stream: Stream) -> Status;
+    pub fn gemm_sm90(args: *const Gemm, stream: Stream) -> Status;
 }

@@ -1,12 +1,12 @@
-//! csrc/gemm.cu behind checks.
+//! csrc/gemm.cu behind checks, and csrc/gemm_sm90.cu where it serves: on Hopper, for matrices of some size.
 
 use std::ptr::null;
 
 use half::bf16;
 
 use super::ffi;
-use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
+use crate::backend::cuda::{Cuda, Kernels};
 use crate::error::{Error, Result};
 
 /// The output of a product, bf16 or f32.
@@ -98,9 +98,21 @@ pub fn gemm(cuda: &Cuda, g: Gemm) -> Result<()> {
         b_transposed: g.b_transposed.into(),
         c_dtype,
     };
+    let launch = if on_hopper(cuda, &args) { ffi::gemm::gemm_sm90 } else { ffi::gemm::gemm };
     // SAFETY: `args` lives through the call. Every element that the sizes and strides name lies inside its view (checked
     // above), c's are borrowed exclusively, and the buffers outlive the kernel: freeing is ordered behind it on the stream.
-    unsafe { ffi::gemm::gemm(&args, cuda.stream_for_launch()?) }.check(OP)
+    unsafe { launch(&args, cuda.stream_for_launch()?) }.check(OP)
+}
+
+/// Whether the wgmma kernel serves: rows enough for a tile, and rows of all matrices that start at 16 bytes.
+fn on_hopper(cuda: &Cuda, g: &ffi::gemm::Gemm) -> bool {
+    let aligned = |base: *const bf16, ld: i64| base.addr().is_multiple_of(16) && ld % 8 == 0;
+    cuda.kernels() == Kernels::Sm90
+        && g.m >= 128
+        && g.n % 8 == 0
+        && [(g.a, g.lda), (g.b, g.ldb), (g.c.cast_const().cast(), g.ldc)].into_iter().all(|(p, ld)| aligned(p, ld))
+        && (g.k2 == 0 || aligned(g.a2, g.lda2) && aligned(g.b2, g.ldb2))
+        && g.bias.addr().is_multiple_of(4)
 }
 
 /// [`Pair`] as the launchers take it; k = 0: there is none.
