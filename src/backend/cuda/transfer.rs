@@ -3,7 +3,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
+use cudarc::driver::{CudaEvent, CudaStream, result, sys};
 use half::bf16;
 
 use super::memory::{View, ViewMut};
@@ -18,7 +18,8 @@ const EVENTS: usize = 256;
 pub struct Host {
     address: NonNull<bf16>,
     len: usize,
-    context: Arc<CudaContext>,
+    /// Where copies run: beside the kernels, or inside a replayed step.
+    streams: [Arc<CudaStream>; 2],
 }
 
 // SAFETY: a plain allocation that any thread may use; copies into it are ordered by streams.
@@ -37,7 +38,8 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         // A copy may still be under way. An error that shows here was met, or will be, by whoever waits for results.
-        let _ = self.context.synchronize();
+        // Not the whole context: that would spoil what another thread is recording.
+        let _ = self.streams.iter().map(|s| s.synchronize()).collect::<Vec<_>>();
         // SAFETY: `address` came from malloc_host, and no copy uses it any more.
         let _ = unsafe { result::free_host(self.address.as_ptr().cast()) };
     }
@@ -88,9 +90,13 @@ impl Cuda {
     /// Pinned memory of `len` activations. Set-up only.
     pub fn pinned(&mut self, len: usize) -> Result<Host> {
         self.bind()?;
-        if self.transfers.is_none() {
-            self.transfers = Some(Transfers::new(self)?);
-        }
+        let copies = match &self.transfers {
+            Some(transfers) => transfers.stream.clone(),
+            None => {
+                let transfers = Transfers::new(self)?;
+                self.transfers.insert(transfers).stream.clone()
+            }
+        };
         self.calls.allocation();
         let bytes = (len * size_of::<bf16>()).max(1);
         // SAFETY: the memory is written by a copy before a copy reads it.
@@ -100,7 +106,7 @@ impl Cuda {
             op: "cuMemHostAlloc".into(),
             detail: format!("no address for {bytes} bytes"),
         })?;
-        Ok(Host { address, len, context: self.context.clone() })
+        Ok(Host { address, len, streams: [copies, self.stream.clone()] })
     }
 
     /// Begins to copy `from` to host memory, behind all ops before.
