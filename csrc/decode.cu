@@ -35,6 +35,14 @@ __device__ __forceinline__ void store(const Matvec &a, int token, int row, float
         static_cast<bf16 *>(a.y)[at] = __float2bfloat16_rn(sum);
 }
 
+// What a lane holds of 16 rows and four blocks of 64: of its two rows, 16 weights of each block, and the absmax of one
+// block, or its code and nested absmax.
+struct Packed {
+    uint2 raw[4][2];
+    float absmax[2];
+    uint8_t code[2];
+};
+
 // 16 rows of the weight a CTA at a time, as the left operand of mma.sync; the tokens, padded to 8, are the right one. The
 // warps share out the columns. Which column of the weight stands for which k of the product is free, so a lane's columns
 // lie side by side in memory. grid-stride over the tiles of 16 rows.
@@ -47,6 +55,28 @@ template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(
     __shared__ float sums[2][WARPS][ROWS * MAX_T];
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, i = lane % 4;
     const bool twice = a.absmax.absmax == nullptr; // double quantisation
+    const bool pairs = (a.r | a.ldh) % 2 == 0 && (reinterpret_cast<uintptr_t>(a.b) | reinterpret_cast<uintptr_t>(a.h)) % 4 == 0;
+
+    // A step ahead, over the end of a tile too. What lies behind the weight's end is read as its end.
+    const auto fetch = [&](int tile, int first) {
+        Packed p;
+        const int blocks = a.k / NF4_BLOCK, own = min(first + i, blocks - 1);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+            const size_t row = min(tile * ROWS + g + 8 * s, a.n - 1);
+            const uint8_t *w = a.packed + row * (a.k / 2) + i * 8;
+#pragma unroll
+            for (int b = 0; b < 4; ++b)
+                p.raw[b][s] = __ldg(reinterpret_cast<const uint2 *>(w + min(first + b, blocks - 1) * (NF4_BLOCK / 2)));
+            const size_t at = row * blocks + own;
+            p.code[s] = twice ? __ldg(a.absmax.codes + at) : 0;
+            p.absmax[s] = twice ? __ldg(a.absmax.nested_absmax + at / NF4_NESTED_BLOCK) : __ldg(a.absmax.absmax + at);
+        }
+        return p;
+    };
+
+    Packed ahead;
+    if constexpr (NF4) ahead = fetch(blockIdx.x, warp * 4);
 
     // (256 bytes, 32 lanes) pairs of bf16, and the 256 values of an absmax code.
     uint32_t *table = reinterpret_cast<uint32_t *>(shared);
@@ -72,34 +102,32 @@ template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(
         const bf16 *x = a.x + size_t(min(g, a.t - 1)) * a.k;
         float total[4] = {};
 
+        // h Bᵀ: 16 ranks a product, the warps in turn. At any alignment.
+#pragma unroll 1
+        for (int first = warp * 16; first < a.r; first += WARPS * 16) {
+            const auto pair = [&](const bf16 *row, int j) {
+                if (pairs && j < a.r) return *reinterpret_cast<const uint32_t *>(row + j);
+                return pack_bf16(j < a.r ? to_f32(row[j]) : 0.0f, j + 1 < a.r ? to_f32(row[j + 1]) : 0.0f);
+            };
+            const int j = first + 2 * i;
+            const bf16 *b_low = a.b + size_t(low) * a.r, *b_high = a.b + size_t(high) * a.r, *h = a.h + min(g, a.t - 1) * a.ldh;
+            const uint32_t av[4] = {pair(b_low, j), pair(b_high, j), pair(b_low, j + 8), pair(b_high, j + 8)};
+            mma_bf16(total, av, pair(h, j), pair(h, j + 8));
+        }
+
         if constexpr (NF4) {
             const int blocks = a.k / NF4_BLOCK;
-            const uint8_t *w_low = a.packed + size_t(low) * (a.k / 2) + i * 8;
-            const uint8_t *w_high = a.packed + size_t(high) * (a.k / 2) + i * 8;
 #pragma unroll 1
             for (int first = warp * 4; first < blocks; first += WARPS * 4) {
-                // Blocks behind the last are read as the last, with an absmax of 0.
-                uint2 raw[4][2];
+                const Packed now = ahead;
+                const bool last = first + WARPS * 4 >= blocks;
+                ahead = fetch(last ? tile + gridDim.x : tile, last ? warp * 4 : first + WARPS * 4);
+                // Lane i of four has the absmax of block `first + i`. Behind the last block it is 0.
+                float scale[2];
 #pragma unroll
-                for (int b = 0; b < 4; ++b) {
-                    const int at = min(first + b, blocks - 1) * (NF4_BLOCK / 2);
-                    raw[b][0] = __ldg(reinterpret_cast<const uint2 *>(w_low + at));
-                    raw[b][1] = __ldg(reinterpret_cast<const uint2 *>(w_high + at));
-                }
-                // Lane i of four reads the absmax of block `first + i`.
-                float scale[2] = {0.0f, 0.0f};
-                if (first + i < blocks) {
-#pragma unroll
-                    for (int s = 0; s < 2; ++s) {
-                        const size_t at = size_t(s ? high : low) * blocks + (first + i);
-                        if (twice) {
-                            const float code = dynamic[__ldg(a.absmax.codes + at)];
-                            const float nested = __ldg(a.absmax.nested_absmax + at / NF4_NESTED_BLOCK);
-                            scale[s] = __fadd_rn(__fmul_rn(code, nested), offset);
-                        } else {
-                            scale[s] = __ldg(a.absmax.absmax + at);
-                        }
-                    }
+                for (int s = 0; s < 2; ++s) {
+                    scale[s] = twice ? __fadd_rn(__fmul_rn(dynamic[now.code[s]], now.absmax[s]), offset) : now.absmax[s];
+                    if (first + i >= blocks) scale[s] = 0.0f;
                 }
 #pragma unroll
                 for (int b = 0; b < 4; ++b) {
@@ -109,8 +137,8 @@ template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(
                     float sum[4] = {};
 #pragma unroll
                     for (int m = 0; m < 4; ++m) {
-                        const uint32_t word_low = m < 2 ? raw[b][0].x : raw[b][0].y;
-                        const uint32_t word_high = m < 2 ? raw[b][1].x : raw[b][1].y;
+                        const uint32_t word_low = m < 2 ? now.raw[b][0].x : now.raw[b][0].y;
+                        const uint32_t word_high = m < 2 ? now.raw[b][1].x : now.raw[b][1].y;
                         const int shift = m % 2 * 16;
                         const auto look_up = [&](uint32_t word, int by) { return table[(word >> by & 255) * 32 + lane]; };
                         const uint32_t av[4] = {look_up(word_low, shift), look_up(word_high, shift),
@@ -150,20 +178,6 @@ template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(
                     mma_bf16(total, second_half, xs[c].z, xs[c].w);
                 }
             }
-        }
-
-        // h Bᵀ: 16 ranks a product, the warps in turn. At any alignment.
-#pragma unroll 1
-        for (int first = warp * 16; first < a.r; first += WARPS * 16) {
-            const auto pair = [&](const bf16 *row, int j, bool there) {
-                const float v0 = there && j < a.r ? to_f32(row[j]) : 0.0f;
-                const float v1 = there && j + 1 < a.r ? to_f32(row[j + 1]) : 0.0f;
-                return pack_bf16(v0, v1);
-            };
-            const int j = first + 2 * i;
-            const bf16 *b_low = a.b + size_t(low) * a.r, *b_high = a.b + size_t(high) * a.r, *h = a.h + g * a.ldh;
-            const uint32_t av[4] = {pair(b_low, j, true), pair(b_high, j, true), pair(b_low, j + 8, true), pair(b_high, j + 8, true)};
-            mma_bf16(total, av, pair(h, j, g < a.t), pair(h, j + 8, g < a.t));
         }
 
         float *own = sums[parity][warp];
