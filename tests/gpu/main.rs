@@ -11,6 +11,7 @@ mod cross_entropy;
 mod decode;
 mod device;
 mod embedding;
+mod fault;
 #[path = "../golden/files.rs"]
 mod files;
 mod gemm;
@@ -39,6 +40,12 @@ use halfbyte::backend::cuda::Cuda;
 use libtest_mimic::Arguments;
 
 fn main() {
+    if std::env::var_os(fault::CHILD).is_some() {
+        if let Err(why) = fault::child() {
+            println!("{why}");
+        }
+        return;
+    }
     let args = Arguments::from_args();
     let root = match std::env::var_os("HALFBYTE_FIXTURES") {
         Some(folder) => PathBuf::from(folder),
@@ -53,6 +60,7 @@ fn main() {
     trials.extend(cross_entropy::trials());
     trials.extend(decode::trials());
     trials.extend(embedding::trials());
+    trials.extend(fault::trials());
     trials.extend(gemm::trials());
     trials.extend(grad_norm::trials());
     trials.extend(load::trials());

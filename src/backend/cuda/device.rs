@@ -43,7 +43,7 @@ impl Driver {
         if !unsafe { sys::is_culib_present() } {
             return Err(unavailable("no NVIDIA driver is installed (libcuda.so is not to be found)".into()));
         }
-        result::init().map_err(|e| unavailable(format!("the NVIDIA driver says {}", describe(e))))?;
+        result::init().map_err(|e| unavailable(why_not(e.0 as c_int, || describe(e))))?;
         let mut version: c_int = 0;
         // SAFETY: writes one int; the library is loaded, see above.
         let answer = unsafe { sys::cuDriverGetVersion(&mut version) };
@@ -96,6 +96,22 @@ pub(super) fn describe(error: DriverError) -> String {
     }
 }
 
+/// Why a GPU cannot be used when the driver (or the runtime, which numbers these errors alike) answers with `code`;
+/// `words` are its own for any other.
+pub(super) fn why_not(code: c_int, words: impl FnOnce() -> String) -> String {
+    let why = match code {
+        2 => "its memory is full: other processes use it (nvidia-smi shows them)",
+        46 => {
+            "another process has it for itself, or its compute mode is prohibited (nvidia-smi -q -d COMPUTE shows which)"
+        }
+        100 => "the NVIDIA driver shows no GPU (CUDA_VISIBLE_DEVICES hides those that it does not list)",
+        802 => "the system is not ready: NVIDIA's fabric manager does not run yet",
+        803 => "the NVIDIA driver's library and its kernel module are of different versions: a reboot mends that",
+        _ => return format!("the NVIDIA driver says {}", words()),
+    };
+    why.into()
+}
+
 /// 13020 is 13.2.
 fn split_version(version: c_int) -> (u32, u32) {
     let version = version.unsigned_abs();
@@ -134,6 +150,16 @@ mod tests {
         }
         assert!(!has_kernels("sm_90a", (10, 0)), "architecture-specific code does not carry forward");
         assert!(!has_kernels("sm_86", (8, 0)), "nor does newer code run on older cards");
+    }
+
+    #[test]
+    fn a_gpu_that_another_process_has_is_told_in_one_line() {
+        let words = || "CUDA_ERROR_X: x".to_owned();
+        for (code, part) in [(2, "memory is full"), (46, "another process"), (100, "shows no GPU"), (803, "reboot")] {
+            let why = why_not(code, words);
+            assert!(why.contains(part) && !why.contains('\n'), "{why}");
+        }
+        assert_eq!(why_not(999, words), "the NVIDIA driver says CUDA_ERROR_X: x");
     }
 
     #[test]

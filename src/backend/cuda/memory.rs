@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError, result, sys};
 use half::bf16;
 
 use super::{Cuda, driver_error};
@@ -171,13 +171,24 @@ impl<'a, T> ViewMut<'a, T> {
 impl Cuda {
     /// Makes the one allocation that every buffer from now on is cut from. [`Error::Cuda`] if the card has less free.
     pub fn reserve(&mut self, bytes: usize) -> Result<()> {
-        let name = || format!("reserving {bytes} bytes of device memory");
         self.calls.allocation();
         // SAFETY: the bytes are written before they are read: a buffer is zeroed or filled by whoever allocates it.
-        let bytes = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.map_err(|e| driver_error(name(), e))?;
+        let bytes = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.map_err(|e| self.refused(bytes, e))?;
         let base = bytes.device_ptr(&self.stream).0;
         self.arena = Some(Arc::new(Arena { bytes, base, used: AtomicUsize::new(0) }));
         Ok(())
+    }
+
+    /// The driver did not give `bytes` of device memory.
+    fn refused(&self, bytes: usize, error: DriverError) -> Error {
+        let op = format!("allocating {bytes} bytes of device memory");
+        match (error.0, self.memory()) {
+            (sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY, Ok((free, total))) => {
+                let advice = "a smaller budget (memory) or fewer processes on it (nvidia-smi shows them) would help";
+                Error::Cuda { op, detail: format!("{free} of the GPU's {total} are free; {advice}") }
+            }
+            _ => driver_error(op, error),
+        }
     }
 
     /// Bytes taken from the arena, and its size; None where none was reserved.
@@ -205,7 +216,7 @@ impl Cuda {
         self.calls.allocation();
         // SAFETY: as in `reserve`.
         let bytes = unsafe { self.stream.alloc::<u8>(size.max(1)) };
-        let bytes = bytes.map_err(|e| driver_error(format!("allocating {size} bytes"), e))?;
+        let bytes = bytes.map_err(|e| self.refused(size, e))?;
         let address = bytes.device_ptr(&self.stream).0;
         let owner = Owner::Alone { _bytes: bytes };
         Ok(Buffer { address, len, stream: self.stream.clone(), _owner: owner, element: PhantomData })

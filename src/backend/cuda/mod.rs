@@ -141,8 +141,9 @@ impl Cuda {
         if let Some(why) = device.unsupported {
             return Err(unavailable(why));
         }
-        ffi::set_device(ordinal as c_int)?;
-        let context = CudaContext::new(ordinal).map_err(|e| driver_error("cuDevicePrimaryCtxRetain", e))?;
+        let refused = |code: c_int, words: String| unavailable(device::why_not(code, || words));
+        ffi::set_device(ordinal as c_int).map_err(|(code, words)| refused(code, words))?;
+        let context = CudaContext::new(ordinal).map_err(|e| refused(e.0 as c_int, device::describe(e)))?;
         // SAFETY: events order uses of a buffer by several streams. Here is one stream; `memory` and `ops` refuse
         // buffers of another.
         unsafe { context.disable_event_tracking() };

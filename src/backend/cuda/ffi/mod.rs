@@ -60,11 +60,15 @@ impl Status {
         if status.0 == 0 {
             return Ok(());
         }
+        Err(Error::Cuda { op: op.into(), detail: with_hint(status.0, status.words()) })
+    }
+
+    /// The runtime's name and words for it.
+    fn words(self) -> String {
         // SAFETY: both return a static, NUL-terminated string for any value.
         let (name, words) =
-            unsafe { (CStr::from_ptr(cudaGetErrorName(status)), CStr::from_ptr(cudaGetErrorString(status))) };
-        let detail = format!("{}: {}", name.to_string_lossy(), words.to_string_lossy());
-        Err(Error::Cuda { op: op.into(), detail: with_hint(status.0, detail) })
+            unsafe { (CStr::from_ptr(cudaGetErrorName(self)), CStr::from_ptr(cudaGetErrorString(self))) };
+        format!("{}: {}", name.to_string_lossy(), words.to_string_lossy())
     }
 }
 
@@ -93,7 +97,9 @@ pub fn runtime_version() -> Result<c_int> {
 
 /// Starts the runtime on a GPU and makes its primary context current. The runtime then holds that context until the
 /// process ends, and with it the kernels that it loaded there.
-pub fn set_device(ordinal: c_int) -> Result<()> {
+/// Errors: the runtime's number for what is wrong, and its words.
+pub fn set_device(ordinal: c_int) -> Result<(), (c_int, String)> {
     // SAFETY: takes a number, and answers with an error to one that is no GPU's.
-    unsafe { cudaSetDevice(ordinal) }.check("cudaSetDevice")
+    let status = unsafe { cudaSetDevice(ordinal) };
+    if status.0 == 0 { Ok(()) } else { Err((status.0, status.words())) }
 }
