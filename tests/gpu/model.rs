@@ -145,6 +145,8 @@ fn replay() -> Outcome {
             let (a, b) = (launched.step(&batch, dropout), replayed.step(&batch, dropout));
             same_step(&format!("round {round}"), &b, &a)?;
         }
+        assert_eq!(launched.backend.calls().replays, 0);
+        assert_eq!(replayed.backend.calls().replays, 2, "all rounds but the first");
     }
     Ok(())
 }

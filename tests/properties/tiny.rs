@@ -147,10 +147,15 @@ pub fn row(sequences: &[&HostBatch]) -> HostBatch {
 
 const NF4: QuantConfig = QuantConfig { quant_type: QuantType::Nf4, double_quant: true };
 
+/// The most tokens of a micro-batch.
+const MAX_TOKENS: usize = 96;
+
 /// A loaded model and its device.
 pub struct Engine<B: Backend = Cpu> {
     pub backend: B,
     pub model: Model<B>,
+    /// One for all micro-batches of steps, as training has it: a step on the same buffers may be replayed.
+    buffers: Option<Batch<B>>,
 }
 
 /// What one step gave.
@@ -186,9 +191,9 @@ impl<B: Backend> Engine<B> {
         quantize: Option<QuantConfig>,
     ) -> Self {
         let mut source = RandomWeights { config, quantize };
-        let options = ModelOptions { max_tokens: 96, train: adapter.is_some(), layers: layers.to_vec() };
+        let options = ModelOptions { max_tokens: MAX_TOKENS, train: adapter.is_some(), layers: layers.to_vec() };
         let model = Model::load(&mut backend, config, &mut source, adapter, options, &mut |_| ()).expect("a model");
-        Self { backend, model }
+        Self { backend, model, buffers: None }
     }
 
     pub fn batch(&mut self, host: &HostBatch, targets: usize) -> Batch<B> {
@@ -199,13 +204,17 @@ impl<B: Backend> Engine<B> {
 
     /// One optimizer step's loss and gradients over micro-batches; micro-batch i has dropout step `first + i`.
     pub fn step(&mut self, micro_batches: &[HostBatch], dropout: Option<Dropout>) -> Step {
-        let targets = micro_batches.iter().map(HostBatch::target_count).sum();
+        let targets: usize = micro_batches.iter().map(HostBatch::target_count).sum();
         self.model.zero_grad(&mut self.backend).expect("zero_grad");
+        let mut batch = self.buffers.take();
         for (i, host) in micro_batches.iter().enumerate() {
-            let batch = self.batch(host, targets);
+            let new = || Batch::new(&mut self.backend, MAX_TOKENS).expect("a batch");
+            let batch = batch.get_or_insert_with(new);
+            batch.fill(&mut self.backend, host, 1.0 / targets as f32).expect("room for the batch");
             let dropout = dropout.map(|d| Dropout { step: d.step + i as u32, ..d });
-            self.model.loss_and_grad(&mut self.backend, &batch, dropout).expect("loss_and_grad");
+            self.model.loss_and_grad(&mut self.backend, batch, dropout).expect("loss_and_grad");
         }
+        self.buffers = batch;
         let (loss, norm) = self.model.read_loss_and_norm(&mut self.backend).expect("read_loss_and_norm");
         Step { loss, norm, grads: self.model.read_grads(&mut self.backend).expect("read_grads") }
     }
