@@ -206,6 +206,58 @@ cudaError_t launch_col_sums(const ColSums &a, int n, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
+// ---- few tokens ---------------------------------------------------------------------------------------------------
+
+constexpr int FEW = 8; // tokens
+
+struct Few {
+    LoraGroup group;
+    bf16 *h;       // (t, R)
+    const bf16 *x; // (t, K)
+    int32_t t, k;
+    bool aligned;
+};
+
+// h of a handful of tokens without dropout: bound by the launch and by reading A. One CTA a column of h.
+__global__ void __launch_bounds__(LORA_THREADS) few_kernel(const __grid_constant__ Few a) {
+    __shared__ float of_warp[LORA_THREADS / 32][FEW];
+    const int j = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const LoraPart &part = a.group.parts[part_of(a.group, j)];
+    const bf16 *row = a.group.lora + part.a + size_t(j - part.h) * a.k;
+    const auto load = [&](const bf16 *from, int k) {
+        if (a.aligned) return load_vec8(from + k);
+        Vec8<bf16> v;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v.at[e] = k + e < a.k ? from[k + e] : __float2bfloat16_rn(0.0f);
+        return v;
+    };
+    float sum[FEW] = {};
+    for (int k = threadIdx.x * 8; k < a.k; k += LORA_THREADS * 8) {
+        const Vec8<bf16> w = load(row, k);
+#pragma unroll
+        for (int t = 0; t < FEW; ++t) {
+            if (t < a.t) {
+                const Vec8<bf16> x = load(a.x + size_t(t) * a.k, k);
+#pragma unroll
+                for (int e = 0; e < 8; ++e) sum[t] += to_f32(w.at[e]) * to_f32(x.at[e]);
+            }
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < FEW; ++t) {
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) sum[t] += __shfl_xor_sync(FULL_WARP, sum[t], d);
+        if (lane == 0) of_warp[warp][t] = sum[t];
+    }
+    __syncthreads();
+    if (int(threadIdx.x) < a.t) {
+        float total = 0.0f;
+#pragma unroll
+        for (int w = 0; w < LORA_THREADS / 32; ++w) total += of_warp[w][threadIdx.x];
+        a.h[threadIdx.x * a.group.r + j] = __float2bfloat16_rn(total * part.scale);
+    }
+}
+
 // `whole`: the parts fill the columns of h in order. Otherwise they may be some of a group.
 bool is_sound(const LoraGroup &g, bool whole) {
     int r = 0;
@@ -227,7 +279,7 @@ bool is_sound(const LoraGroup &g, bool whole) {
 //   lora     (P)     bf16  A_p (r, K) at parts[p].a
 //   scratch          f32   lora_scratch of ops/lora.rs
 //
-// f32 sums, one rounding. 1 / (1 - p) of dropout is applied to the sum. Two launches. Floor: 2*T*K bytes; with dropout x
+// f32 sums, one rounding. 1 / (1 - p) of dropout is applied to the sum. Two launches, one for 8 tokens or fewer. Floor: 2*T*K bytes; with dropout x
 // is read once for each part, all but once from L2, and the masks cost about 17 instructions an element and part.
 struct LoraForward {
     LoraGroup group;
@@ -245,6 +297,12 @@ HALFBYTE_API cudaError_t lora_forward(const LoraForward *args, cudaStream_t stre
     if (a.t == 0) return cudaSuccess;
     if (!is_sound(a.group, true)) return cudaErrorInvalidValue;
     const bool dropout = a.dropout.step != nullptr;
+    if (a.t <= FEW && !dropout) {
+        Few few{a.group, a.h, a.x, a.t, a.k, a.k % 8 == 0 && is_aligned(a.x, 16) && is_aligned(a.group.lora, 16)};
+        for (int p = 0; p < a.group.count; ++p) few.aligned = few.aligned && a.group.parts[p].a % 8 == 0;
+        few_kernel<<<a.group.r, LORA_THREADS, 0, stream>>>(few);
+        return cudaGetLastError();
+    }
     Plan plan(a.group, a.x, a.k, a.t, a.scratch, 0);
     plan.sweep.dropout = a.dropout;
     plan.add_x(a.k, dropout);

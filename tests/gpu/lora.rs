@@ -21,6 +21,8 @@ type Shape = (&'static str, usize, usize, &'static [(usize, usize)], usize, usiz
 const SHAPES: &[Shape] = &[
     ("one_token", 1, 64, &[(64, 16)], 0, 0),
     ("one_of_everything", 1, 1, &[(1, 1)], 0, 1),
+    ("eight_tokens", 8, 4096, &[(64, 16), (64, 16)], 0, 0),
+    ("five_tokens_odd_sizes", 5, 2051, &[(33, 17), (70, 8), (5, 64)], 0, 3),
     ("q_k_v", 130, 256, &[(256, 16), (64, 16), (64, 16)], 0, 0),
     ("k_alone_between_others", 70, 128, &[(64, 8)], 256, 8),
     ("odd_sizes_rank_1", 77, 203, &[(97, 1)], 0, 1),
