@@ -25,7 +25,7 @@ pub(super) fn load_linear<B: Backend>(
         let module = proj.module(layer);
         let host = source.matrix(&format!("{module}.weight"))?;
         check_len("matrix", n * k, host.dims().0 * host.dims().1)?;
-        if matches!(host, HostMatrix::Quantized(_)) {
+        if !matches!(host, HostMatrix::Dense(_)) {
             in_4bit += n * k;
             needs.part = needs.part.max(n * k);
         }
