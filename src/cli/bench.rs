@@ -118,8 +118,9 @@ fn step(args: &StepArgs) -> Result<()> {
         Error::flag("--shape", format!("{:?}", args.shape), format!("one of {}", shapes::SHAPES.join(", ")))
     })?;
     let mut picked = args.device.backend()?;
+    let free = with_backend!(&mut picked, |b| b.free_memory())?;
     let machine = machine(&mut picked, args, &config)?;
-    let (plan, report) = with_backend!(&mut picked, |b| measure(b, &config, args, &machine))?;
+    let (plan, report) = with_backend!(&mut picked, |b| measure(b, &config, args, &machine, free))?;
     let row = row(args, &config, &machine, plan.as_ref(), &report);
     if let Some(path) = &args.csv {
         append(path, &row)?;
@@ -204,6 +205,7 @@ fn measure<B: Backend>(
     config: &ModelConfig,
     args: &StepArgs,
     machine: &Machine,
+    free: Option<usize>,
 ) -> Result<(Option<Plan>, Report)> {
     let optim = TrainConfig { optim: args.optim.clone(), ..TrainConfig::default() }.optim_kind()?;
     let lora = LoraConfig {
@@ -222,7 +224,6 @@ fn measure<B: Backend>(
         adapter.weights[site.b_range()].iter_mut().zip(a.iter().cycle()).for_each(|(b, a)| *b = 0.1 * a);
     }
     let tokens = args.batch * args.length;
-    let free = backend.free_memory()?;
     let plan = match machine.card {
         None => None,
         Some(card) => {

@@ -67,7 +67,7 @@ impl Cublas {
     }
 
     /// c = alpha * a·op(b) [+ c]; the pair and the bias are not looked at. `g` was checked by [`check`].
-    fn product(&self, cuda: &Cuda, g: &Gemm) -> Result<()> {
+    pub(super) fn product(&self, cuda: &Cuda, g: &Gemm) -> Result<()> {
         use sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
         let (c, c_type) = match &g.c {
             Out::Bf16(c) => (cuda.ptr_mut(c)?.cast::<c_void>(), sys::cudaDataType_t::CUDA_R_16BF),

@@ -5,13 +5,15 @@ use std::time::Instant;
 use half::bf16;
 
 use super::Cuda;
-use super::cublas::{matmul, plain};
+use super::cublas::{Cublas, Products, matmul, plain};
 use super::ops::gemm::Out;
 use crate::error::Result;
 
 /// Launches of one timing, and timings.
 const LAUNCHES: usize = 10;
 const TIMINGS: usize = 9;
+/// Workspace of a cuBLAS that is opened for a timing.
+const LENT_BYTES: usize = 32 << 20;
 
 impl Cuda {
     /// Median seconds of one call of `f`, after a warm-up.
@@ -32,7 +34,8 @@ impl Cuda {
         Ok(times[TIMINGS / 2])
     }
 
-    /// FLOP/s of the product (m, k) · (n, k)ᵀ of 16-bit matrices, as the large products of a step run. Buffers of its own.
+    /// FLOP/s of the product (m, k) · (n, k)ᵀ of 16-bit matrices, by cuBLAS where it is there,
+    /// else by ours. Buffers of its own.
     pub fn gemm_rate(&self, m: usize, n: usize, k: usize) -> Result<f64> {
         // Values that vary: multiplying zeros draws less power and runs faster than weights do.
         let values = |len: usize| -> Vec<bf16> {
@@ -41,8 +44,18 @@ impl Cuda {
         };
         let (a, b) = (self.upload(&values(m * k))?, self.upload(&values(n * k))?);
         let mut c = self.zeros::<bf16>(m * n)?;
-        let by = self.products();
-        let product = || matmul(self, by, plain(Out::Bf16(c.view_mut()), (a.view(), k), (b.view(), true), (m, n, k)));
+        // Before a model is prepared cuBLAS is not open yet.
+        let lent = match (&self.cublas, self.has_cublas()) {
+            (None, true) => Some(Cublas::open(self, LENT_BYTES)?),
+            _ => None,
+        };
+        let product = || {
+            let g = plain(Out::Bf16(c.view_mut()), (a.view(), k), (b.view(), true), (m, n, k));
+            match &lent {
+                Some(cublas) => cublas.product(self, &g),
+                None => matmul(self, Products::Cublas, g),
+            }
+        };
         Ok(2.0 * (m * n) as f64 * k as f64 / self.seconds(product)?)
     }
 
