@@ -1,7 +1,11 @@
 use super::*;
 use crate::backend::Item;
+use crate::checkpoint::ModelDir;
 use crate::model::shapes::{Format, shape};
-use crate::model::{AdapterLayout, HostAdapter, Keep, LayerPlan, LoraConfig, ModelConfig, TargetModules};
+use crate::model::{
+    AdapterLayout, HostAdapter, Keep, LayerPlan, LoraConfig, Model, ModelConfig, ModelOptions, TargetModules,
+};
+use crate::nf4::{QuantConfig, QuantType};
 use crate::rng::{Stream, word};
 
 const GIB: usize = 1 << 30;
@@ -205,6 +209,24 @@ fn a_mistral_7b_takes_no_more_than_its_rival() {
             );
             let keep = if mode == Mode::Auto { Keep::All } else { Keep::Input };
             assert!(plan.layers.iter().all(|l| l.keep == keep), "{sequences} × {length} {mode:?}");
+        }
+    }
+}
+
+/// Real directories, as they are and quantised while loading: the source of the weights takes what their shapes said.
+#[test]
+fn a_directory_takes_what_its_names_and_shapes_said() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let nf4 = |double_quant| Some(QuantConfig { quant_type: QuantType::Nf4, double_quant });
+    for name in ["tiny-mistral", "tiny-llama-tied", "tiny-qwen2", "tiny-mistral-nf4-bf16", "tiny-mistral-nf4-f32"] {
+        let dir = ModelDir::open(&root.join(name)).unwrap();
+        for quantize in [None, nf4(true), nf4(false)] {
+            let planned = forward_bytes(dir.config(), &|name| dir.format(name, quantize), None, 100, false, 0).unwrap();
+            let mut meter = Meter::new(CARDS[0]);
+            let mut source = dir.source(quantize).unwrap();
+            let options = ModelOptions::inference(100);
+            Model::load(&mut meter, dir.config(), &mut source, None, options, &mut |_| ()).unwrap();
+            assert_eq!(meter.device(), &planned, "{name} {quantize:?}");
         }
     }
 }
