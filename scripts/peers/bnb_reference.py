@@ -29,8 +29,19 @@ def dequantize_blockwise(a, absmax, code, blocksize, dtype):
     return _dequantize_8bit(a.reshape(-1), absmax, code, blocksize, dtype).reshape(a.shape)
 
 
+def quantize_blockwise(a, code, blocksize):
+    """The nearest code, the lower of two that are equally near."""
+    flat = a.reshape(-1).float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    share = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
+    codes = torch.searchsorted((code[:-1] + code[1:]) * 0.5, share.contiguous())
+    return codes.to(torch.uint8).reshape(-1)[: flat.numel()].reshape(a.shape), absmax
+
+
 def install():
     library = torch.library.Library("bitsandbytes", "IMPL")
     library.impl("dequantize_4bit", dequantize_4bit, "CPU", allow_override=True)
     library.impl("dequantize_blockwise", dequantize_blockwise, "CPU", allow_override=True)
+    library.impl("quantize_blockwise", quantize_blockwise, "CPU", allow_override=True)
     return library  # the overrides live as long as this

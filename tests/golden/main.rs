@@ -1,8 +1,9 @@
 //! Golden tests: every case of the fixture folder is a test of its own, named after its folder or file.
 //!
 //! Cases are found by pattern in the folder that HALFBYTE_FIXTURES names (default `tests/fixtures`), and all that is
-//! checked comes out of their files: `nf4/index.json`, `NAME-nf4-*/`, `NAME-lora/` with expected.json.
+//! checked comes out of their files: `adamw/`, `nf4/index.json`, `NAME-nf4-*/`, `NAME-lora/` with expected.json.
 
+mod adamw;
 mod files;
 mod model;
 mod nf4;
@@ -53,7 +54,9 @@ fn find(root: &Path) -> Result<Vec<Trial>, Failed> {
     names.sort();
     let mut trials = Vec::new();
     for name in names {
-        if name == "nf4" {
+        if name == "adamw" {
+            trials.extend(adamw::cases(&root.join("adamw")));
+        } else if name == "nf4" {
             trials.extend(nf4::cases(&root.join("nf4"))?);
         } else if name.contains("-nf4-") {
             trials.extend(named(model::four_bit_cases::<OnCpu>(root, &name)?));
