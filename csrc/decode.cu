@@ -4,20 +4,28 @@
 #include "nf4.cuh"
 
 // Of matvec, whose contract is at its launcher.
-struct Matvec {
-    void *y;
-    const bf16 *x;
+constexpr int MATVEC_MAX_PARTS = 3;
+struct MatvecPart {
     const uint8_t *packed;
     Nf4Absmax absmax;
     const bf16 *w;
     const bf16 *h, *b;
     const bf16 *bias;
-    uint64_t ldy, ldh;
-    int32_t t, n, k, r;
-    int32_t y_is_f32;
+    int32_t y; // first column
+    int32_t n, r;
     QuantType quant_type;
 };
-static_assert(sizeof(Matvec) == 128, "as in src/backend/cuda/ffi/decode.rs");
+static_assert(sizeof(MatvecPart) == 88, "as in src/backend/cuda/ffi/decode.rs");
+struct Matvec {
+    void *y;
+    const bf16 *x;
+    uint64_t ldy, ldh;
+    MatvecPart parts[MATVEC_MAX_PARTS];
+    int32_t count;
+    int32_t t, k;
+    int32_t y_is_f32;
+};
+static_assert(sizeof(Matvec) == 312, "as in src/backend/cuda/ffi/decode.rs");
 
 namespace {
 
@@ -26,9 +34,9 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr int ROWS = 16; // of the weight, in one tensor-core product
 
-__device__ __forceinline__ void store(const Matvec &a, int token, int row, float sum) {
-    if (a.bias) sum += to_f32(a.bias[row]);
-    const size_t at = token * a.ldy + row;
+__device__ __forceinline__ void store(const Matvec &a, const MatvecPart &part, int token, int row, float sum) {
+    if (part.bias) sum += to_f32(part.bias[row]);
+    const size_t at = token * a.ldy + (part.y + row);
     if (a.y_is_f32)
         static_cast<float *>(a.y)[at] = sum;
     else
@@ -43,6 +51,17 @@ struct Packed {
     uint8_t code[2];
 };
 
+// The tiles of the parts stand one behind the other: which part's is this, and which of them. A tile behind the last counts
+// as the last part's.
+struct Place {
+    int part, tile;
+};
+__host__ __device__ __forceinline__ Place place(const Matvec &a, int tile) {
+    Place p{0, tile};
+    while (p.part + 1 < a.count && p.tile >= ceil_div(a.parts[p.part].n, ROWS)) p.tile -= ceil_div(a.parts[p.part++].n, ROWS);
+    return p;
+}
+
 // 16 rows of the weight a CTA at a time, as the left operand of mma.sync; the tokens, padded to 8, are the right one. The
 // warps share out the columns. Which column of the weight stands for which k of the product is free, so a lane's columns
 // lie side by side in memory. grid-stride over the tiles of 16 rows.
@@ -54,23 +73,24 @@ template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(
     extern __shared__ __align__(128) char shared[];
     __shared__ float sums[2][WARPS][ROWS * MAX_T];
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, i = lane % 4;
-    const bool twice = a.absmax.absmax == nullptr; // double quantisation
-    const bool pairs = (a.r | a.ldh) % 2 == 0 && (reinterpret_cast<uintptr_t>(a.b) | reinterpret_cast<uintptr_t>(a.h)) % 4 == 0;
+    const bool twice = a.parts[0].absmax.absmax == nullptr; // double quantisation
 
     // A step ahead, over the end of a tile too. What lies behind the weight's end is read as its end.
     const auto fetch = [&](int tile, int first) {
         Packed p;
+        const Place at_tile = place(a, tile);
+        const MatvecPart &part = a.parts[at_tile.part];
         const int blocks = a.k / NF4_BLOCK, own = min(first + i, blocks - 1);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            const size_t row = min(tile * ROWS + g + 8 * s, a.n - 1);
-            const uint8_t *w = a.packed + row * (a.k / 2) + i * 8;
+            const size_t row = min(at_tile.tile * ROWS + g + 8 * s, part.n - 1);
+            const uint8_t *w = part.packed + row * (a.k / 2) + i * 8;
 #pragma unroll
             for (int b = 0; b < 4; ++b)
                 p.raw[b][s] = __ldg(reinterpret_cast<const uint2 *>(w + min(first + b, blocks - 1) * (NF4_BLOCK / 2)));
             const size_t at = row * blocks + own;
-            p.code[s] = twice ? __ldg(a.absmax.codes + at) : 0;
-            p.absmax[s] = twice ? __ldg(a.absmax.nested_absmax + at / NF4_NESTED_BLOCK) : __ldg(a.absmax.absmax + at);
+            p.code[s] = twice ? __ldg(part.absmax.codes + at) : 0;
+            p.absmax[s] = twice ? __ldg(part.absmax.nested_absmax + at / NF4_NESTED_BLOCK) : __ldg(part.absmax.absmax + at);
         }
         return p;
     };
@@ -81,42 +101,44 @@ template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(
     // (256 bytes, 32 lanes) pairs of bf16, and the 256 values of an absmax code.
     uint32_t *table = reinterpret_cast<uint32_t *>(shared);
     float *dynamic = reinterpret_cast<float *>(shared + 256 * 32 * 4);
-    float offset = 0.0f;
     if constexpr (NF4) {
-        const float *book = NF4_CODE_BOOK[int(a.quant_type)];
+        const float *book = NF4_CODE_BOOK[int(a.parts[0].quant_type)];
         const uint32_t pair = pack_bf16(book[tid / 16], book[tid % 16]); // high nibble first
         for (int c = 0; c < 32; ++c) table[tid * 32 + (c + tid) % 32] = pair;
-        if (twice) {
-            dynamic[tid] = NF4_DYNAMIC_CODE[tid];
-            offset = *a.absmax.offset;
-        }
+        if (twice) dynamic[tid] = NF4_DYNAMIC_CODE[tid];
         static_assert(THREADS == 256, "a byte each");
         __syncthreads();
     }
 
-    const int tiles = ceil_div(a.n, ROWS);
-    int parity = 0;
+    int tiles = 0, parity = 0;
+    for (int p = 0; p < a.count; ++p) tiles += ceil_div(a.parts[p].n, ROWS);
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
         // Rows and tokens behind the last are read as the last, and not stored.
-        const int low = min(tile * ROWS + g, a.n - 1), high = min(tile * ROWS + g + 8, a.n - 1);
+        const Place at = place(a, tile);
+        const MatvecPart &part = a.parts[at.part];
+        const int low = min(at.tile * ROWS + g, part.n - 1), high = min(at.tile * ROWS + g + 8, part.n - 1);
         const bf16 *x = a.x + size_t(min(g, a.t - 1)) * a.k;
         float total[4] = {};
 
         // h Bᵀ: 16 ranks a product, the warps in turn. At any alignment.
+        const bool pairs = (part.r | a.ldh) % 2 == 0 &&
+                           (reinterpret_cast<uintptr_t>(part.b) | reinterpret_cast<uintptr_t>(part.h)) % 4 == 0;
 #pragma unroll 1
-        for (int first = warp * 16; first < a.r; first += WARPS * 16) {
+        for (int first = warp * 16; first < part.r; first += WARPS * 16) {
             const auto pair = [&](const bf16 *row, int j) {
-                if (pairs && j < a.r) return *reinterpret_cast<const uint32_t *>(row + j);
-                return pack_bf16(j < a.r ? to_f32(row[j]) : 0.0f, j + 1 < a.r ? to_f32(row[j + 1]) : 0.0f);
+                if (pairs && j < part.r) return *reinterpret_cast<const uint32_t *>(row + j);
+                return pack_bf16(j < part.r ? to_f32(row[j]) : 0.0f, j + 1 < part.r ? to_f32(row[j + 1]) : 0.0f);
             };
             const int j = first + 2 * i;
-            const bf16 *b_low = a.b + size_t(low) * a.r, *b_high = a.b + size_t(high) * a.r, *h = a.h + min(g, a.t - 1) * a.ldh;
+            const bf16 *b_low = part.b + size_t(low) * part.r, *b_high = part.b + size_t(high) * part.r;
+            const bf16 *h = part.h + min(g, a.t - 1) * a.ldh;
             const uint32_t av[4] = {pair(b_low, j), pair(b_high, j), pair(b_low, j + 8), pair(b_high, j + 8)};
             mma_bf16(total, av, pair(h, j), pair(h, j + 8));
         }
 
         if constexpr (NF4) {
             const int blocks = a.k / NF4_BLOCK;
+            const float offset = twice ? __ldg(part.absmax.offset) : 0.0f;
 #pragma unroll 1
             for (int first = warp * 4; first < blocks; first += WARPS * 4) {
                 const Packed now = ahead;
@@ -156,7 +178,7 @@ template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(
                 }
             }
         } else {
-            const bf16 *w_low = a.w + size_t(low) * a.k, *w_high = a.w + size_t(high) * a.k;
+            const bf16 *w_low = part.w + size_t(low) * a.k, *w_high = part.w + size_t(high) * a.k;
 #pragma unroll 1
             for (int first = warp * 128; first < a.k; first += WARPS * 128) {
                 uint4 raw[4][2], xs[4];
@@ -187,75 +209,95 @@ template <bool NF4> __global__ void __launch_bounds__(THREADS, 2) matvec_kernel(
         own[(g + 8) * MAX_T + 2 * i + 1] = total[3];
         __syncthreads(); // of the tile after: the sums are written to the other half
         if (tid < ROWS * MAX_T) {
-            const int token = tid / ROWS, row = tile * ROWS + tid % ROWS;
+            const int token = tid / ROWS, row = at.tile * ROWS + tid % ROWS;
             float sum = 0.0f;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) sum += sums[parity][w][tid % ROWS * MAX_T + token];
-            if (token < a.t && row < a.n) store(a, token, row, sum);
+            if (token < a.t && row < part.n) store(a, part, token, row, sum);
         }
     }
 }
 
-// Any k and any alignment: a warp a row.
+// Any k and any alignment: a warp a row of the first part.
 __global__ void __launch_bounds__(THREADS) matvec_any_kernel(const __grid_constant__ Matvec a) {
+    const MatvecPart &part = a.parts[0];
     const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (row >= a.n) return;
+    if (row >= part.n) return;
     float total[MAX_T] = {};
-    const float *book = NF4_CODE_BOOK[int(a.quant_type)];
+    const float *book = NF4_CODE_BOOK[int(a.parts[0].quant_type)];
     for (int k = lane; k < a.k; k += 32) {
         const size_t e = size_t(row) * a.k + k;
         float w;
-        if (a.w) {
-            w = to_f32(a.w[e]);
+        if (part.w) {
+            w = to_f32(part.w[e]);
         } else {
-            const float absmax = a.absmax.absmax ? nf4_absmax<false>(a.absmax, e / NF4_BLOCK) : nf4_absmax<true>(a.absmax, e / NF4_BLOCK);
-            w = book[a.packed[e / 2] >> (e % 2 ? 0 : 4) & 15] * absmax;
+            const float absmax = part.absmax.absmax ? nf4_absmax<false>(part.absmax, e / NF4_BLOCK)
+                                                     : nf4_absmax<true>(part.absmax, e / NF4_BLOCK);
+            w = book[part.packed[e / 2] >> (e % 2 ? 0 : 4) & 15] * absmax;
         }
 #pragma unroll
         for (int token = 0; token < MAX_T; ++token)
             if (token < a.t) total[token] += w * to_f32(a.x[size_t(token) * a.k + k]);
     }
-    for (int j = lane; j < a.r; j += 32) {
-        const float b = to_f32(a.b[size_t(row) * a.r + j]);
+    for (int j = lane; j < part.r; j += 32) {
+        const float b = to_f32(part.b[size_t(row) * part.r + j]);
 #pragma unroll
         for (int token = 0; token < MAX_T; ++token)
-            if (token < a.t) total[token] += b * to_f32(a.h[token * a.ldh + j]);
+            if (token < a.t) total[token] += b * to_f32(part.h[token * a.ldh + j]);
     }
 #pragma unroll
     for (int token = 0; token < MAX_T; ++token) {
 #pragma unroll
         for (int d = 16; d > 0; d /= 2) total[token] += __shfl_xor_sync(FULL_WARP, total[token], d);
-        if (lane == 0 && token < a.t) store(a, token, row, total[token]);
+        if (lane == 0 && token < a.t) store(a, part, token, row, total[token]);
     }
 }
 
 } // namespace
 
-// matvec    y = x Wᵀ (+ h Bᵀ) (+ bias)    for at most 8 tokens
+// matvec    y[:, part p] = x W_pᵀ (+ h_p B_pᵀ) (+ bias_p)    for at most 8 tokens, 1 to 3 parts that read the same x
 //
-//   y       (t, n)  bf16 or f32  =  rows ldy elements apart
+//   y       (t, N)  bf16 or f32  =  rows ldy elements apart; part p from column `y` on
 //   x       (t, k)  bf16
 //   W       (n, k)  4 bits (packed, absmax: see nf4.cuh), or bf16 if `w` is there
 //   h       (t, r)  bf16            rows ldh apart; scaled already; r = 0: none
 //   b       (n, r)  bf16
 //   bias    (n)     bf16            null: none
 //
-// f32 sums in one order. Fast where k is a multiple of 64 (4 bits) or of 8 (bf16) and the pointers are aligned.
-// Floor: the weight once.
+// f32 sums in one order. Fast where k is a multiple of 64 (4 bits) or of 8 (bf16) and the pointers are aligned; then one
+// launch, if the parts are of one kind. Floor: the weights once.
 HALFBYTE_API cudaError_t matvec(const Matvec *args, cudaStream_t stream) {
     const Matvec &a = *args;
     if (a.t == 0) return cudaSuccess;
-    if (a.t > MAX_T) return cudaErrorInvalidValue;
-    const int tiles = ceil_div(a.n, ROWS);
+    if (a.t > MAX_T || a.count < 1 || a.count > MATVEC_MAX_PARTS) return cudaErrorInvalidValue;
+    bool bf16_fast = a.k % 8 == 0 && is_aligned(a.x, 16), nf4_fast = a.k % NF4_BLOCK == 0 && is_aligned(a.x, 16);
+    int tiles = 0;
+    for (int p = 0; p < a.count; ++p) {
+        const MatvecPart &part = a.parts[p];
+        const bool same = (part.absmax.absmax == nullptr) == (a.parts[0].absmax.absmax == nullptr) &&
+                          part.quant_type == a.parts[0].quant_type;
+        bf16_fast = bf16_fast && part.w && is_aligned(part.w, 16);
+        nf4_fast = nf4_fast && !part.w && same && is_aligned(part.packed, 8);
+        tiles += ceil_div(part.n, ROWS);
+    }
     constexpr int TABLES = 256 * 32 * 4 + 256 * 4;
-    if (a.w && a.k % 8 == 0 && is_aligned(a.w, 16) && is_aligned(a.x, 16)) {
+    if (bf16_fast) {
         matvec_kernel<false><<<tiles, THREADS, 0, stream>>>(a);
-    } else if (!a.w && a.k % NF4_BLOCK == 0 && is_aligned(a.packed, 8) && is_aligned(a.x, 16)) {
+    } else if (nf4_fast) {
         // No more CTAs than large cards hold at a time: each fills its table first.
         const int ctas = tiles < 264 ? tiles : 264;
         matvec_kernel<true><<<ctas, THREADS, TABLES, stream>>>(a);
+    } else if (a.count == 1) {
+        const int ctas = ceil_div(a.parts[0].n, WARPS);
+        matvec_any_kernel<<<ctas, THREADS, 0, stream>>>(a);
     } else {
-        matvec_any_kernel<<<ceil_div(a.n, WARPS), THREADS, 0, stream>>>(a);
+        Matvec one = a;
+        one.count = 1;
+        for (int p = 0; p < a.count; ++p) {
+            one.parts[0] = a.parts[p];
+            const cudaError_t status = matvec(&one, stream);
+            if (status != cudaSuccess) return status;
+        }
     }
     return cudaGetLastError();
 }

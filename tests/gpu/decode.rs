@@ -5,7 +5,7 @@ use halfbyte::Error;
 use halfbyte::backend::Heads;
 use halfbyte::backend::cuda::Cuda;
 use halfbyte::backend::cuda::memory::Buffer;
-use halfbyte::backend::cuda::ops::decode::{self as ops, AttentionDecode, Matvec, Weight};
+use halfbyte::backend::cuda::ops::decode::{self as ops, AttentionDecode, Matvec, MatvecGroup, MatvecPart, Weight};
 use halfbyte::backend::cuda::ops::gemm::Out;
 use halfbyte::backend::cuda::ops::nf4::{self, Nf4Weight};
 use halfbyte::nf4::{Absmax, QuantType, Quantized, quantize};
@@ -66,6 +66,13 @@ pub fn trials() -> Vec<Trial> {
         for (name, kind) in kinds {
             let name = format!("decode/matvec/{name}_{t}_{n}_{k}_{r}");
             trials.push(Trial::test(name, move || linear(kind, t, n, k, r)));
+        }
+    }
+    for (name, pair) in
+        [("nf4_double", [kinds[2].1; 2]), ("mixed", [kinds[0].1, kinds[1].1]), ("bf16", [kinds[0].1; 2])]
+    {
+        for t in [1, 5] {
+            trials.push(Trial::test(format!("decode/matvec_group/{name}_{t}"), move || group(pair, t)));
         }
     }
     for &case in ATTENTION {
@@ -187,6 +194,47 @@ fn linear(kind: Kind, t: usize, n: usize, k: usize, r: usize) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// Side by side in y and h, at any column: the bits of one part alone.
+fn group(kinds: [Kind; 2], t: usize) -> Outcome {
+    let cuda = Cuda::open(0)?;
+    let (k, sizes, r) = (192, [33, 50, 17], [5, 16, 0]);
+    let (ldy, ldh) = (sizes.iter().sum::<usize>() + 2, 21);
+    let mut random = Random::new(8);
+    let (x, h) = (cuda.upload(&random.bf16s(t * k, 1.0))?, cuda.upload(&random.bf16s(t * ldh, 1.0))?);
+    let bias = cuda.upload(&random.bf16s(50, 1.0))?;
+    let (mut b, mut dense, mut packed) = (vec![], vec![], vec![]);
+    for (i, &n) in sizes.iter().enumerate() {
+        b.push(cuda.upload(&random.bf16s(n * r[i], 0.3))?);
+        let values = random.bf16s(n * k, 0.05);
+        dense.push(cuda.upload(&values)?);
+        packed.push(match kinds[i % 2] {
+            Kind::Bf16 => None,
+            Kind::Bits4(quant_type, double) => {
+                let quantized = quantize(&HostTensor::from_f32(vec![n, k], &wide(&values)), quant_type, double);
+                Some(Device::new(&cuda, &quantized)?)
+            }
+        });
+    }
+    let part = |i: usize| {
+        let w = match &packed[i] {
+            Some(w) => w.view(),
+            None => Weight::Bf16 { w: dense[i].view(), n: sizes[i], k },
+        };
+        let h = (r[i] > 0).then(|| (h.range(5 * i..h.len()), b[i].view(), r[i]));
+        MatvecPart { w, y: 1 + sizes[..i].iter().sum::<usize>(), h, bias: (i == 1).then(|| bias.view()) }
+    };
+    let run = |groups: &[&[usize]]| -> Result<Vec<bf16>, Error> {
+        let mut y = poisoned::<bf16>(&cuda, t * ldy)?;
+        for group in groups {
+            let parts: Vec<MatvecPart> = group.iter().map(|&i| part(i)).collect();
+            let op = MatvecGroup { y: Out::Bf16(y.view_mut()), ldy, x: x.view(), ldh, parts: &parts, t };
+            ops::matvec_group(&cuda, op)?;
+        }
+        cuda.download(&y)
+    };
+    same("y", &run(&[&[0, 1, 2]])?, &run(&[&[1], &[2], &[0]])?)
 }
 
 fn attention((past, t, capacity, h, g, d, window): Attention) -> Outcome {

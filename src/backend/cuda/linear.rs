@@ -12,7 +12,7 @@ use super::cublas::{Products, matmul};
 use super::matrix::{Data, Matrix};
 use super::memory::{View, ViewMut};
 use super::ops::bias::{BiasRows, bias_rows};
-use super::ops::decode::{MATVEC_MAX_T, Matvec, Weight, matvec};
+use super::ops::decode::{MATVEC_MAX_PARTS, MATVEC_MAX_T, MatvecGroup, MatvecPart, Weight, matvec_group};
 use super::ops::gemm::{Gemm, Out, Pair};
 use super::ops::lora::{self, LoraBackward, LoraBackwardX, LoraExpand, LoraForward, LoraPart};
 use super::ops::nf4::Nf4Weight;
@@ -255,13 +255,16 @@ pub(super) fn forward(cuda: &Cuda, s: &mut Scratch, a: LinearForward<Cuda>) -> R
 
     match cuda.linear_kind(t)? {
         LinearKind::Matvec => {
-            for (part, pair) in parts.iter().zip(&pairs) {
-                for row in (0..t).step_by(MATVEC_MAX_T) {
-                    let rows = MATVEC_MAX_T.min(t - row);
-                    let h = pair.as_ref().map(|p| (p.a.range(row * r..p.a.len()), r, p.b, p.k));
-                    let y = Out::Bf16(y.reborrow().into_range(row * n + part.y..t * n));
-                    let (x, w, bias) = (x.range(row * k..t * k), weight(part.w), part.bias);
-                    matvec(cuda, Matvec { y, ldy: n, x, w, h, bias, t: rows })?;
+            for row in (0..t).step_by(MATVEC_MAX_T) {
+                let rows = MATVEC_MAX_T.min(t - row);
+                let mut group = vec![];
+                for (part, pair) in parts.iter().zip(&pairs) {
+                    let h = pair.as_ref().map(|p| (p.a.range(row * r..p.a.len()), p.b, p.k));
+                    group.push(MatvecPart { w: weight(part.w), y: part.y, h, bias: part.bias });
+                }
+                for parts in group.chunks(MATVEC_MAX_PARTS) {
+                    let (y, x) = (Out::Bf16(y.reborrow().into_range(row * n..t * n)), x.range(row * k..t * k));
+                    matvec_group(cuda, MatvecGroup { y, ldy: n, x, ldh: r, parts, t: rows })?;
                 }
             }
         }

@@ -36,6 +36,7 @@ pub struct Nf4DoubleQuantize {
 
 /// `absmax` or, if that is null, the other three.
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct Nf4Absmax {
     pub absmax: *const f32,
     pub codes: *const u8,

@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::gemm::{Out, check_matrix, check_size};
 use super::nf4::{self, Nf4Weight};
-use super::{check_least, ffi};
+use super::{check, check_least, ffi};
 use crate::backend::Heads;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
@@ -18,11 +18,29 @@ pub use crate::backend::workspace::attention_decode_scratch;
 
 /// The most tokens of a [`matvec`].
 pub const MATVEC_MAX_T: usize = 8;
+/// The most parts of a [`matvec_group`].
+pub const MATVEC_MAX_PARTS: usize = ffi::decode::MATVEC_MAX_PARTS;
 
 /// A frozen weight (n, k).
 pub enum Weight<'a> {
     Nf4(Nf4Weight<'a>),
     Bf16 { w: View<'a, bf16>, n: usize, k: usize },
+}
+
+impl Weight<'_> {
+    fn n(&self) -> usize {
+        match self {
+            Self::Nf4(w) => w.n,
+            Self::Bf16 { n, .. } => *n,
+        }
+    }
+
+    fn k(&self) -> usize {
+        match self {
+            Self::Nf4(w) => w.k,
+            Self::Bf16 { k, .. } => *k,
+        }
+    }
 }
 
 /// `y = x Wᵀ (+ h Bᵀ) (+ bias)` for few tokens.
@@ -37,6 +55,32 @@ pub struct Matvec<'a> {
     pub h: Option<(View<'a, bf16>, usize, View<'a, bf16>, usize)>,
     /// (n)
     pub bias: Option<View<'a, bf16>>,
+    /// At most [`MATVEC_MAX_T`].
+    pub t: usize,
+}
+
+/// One projection of a [`MatvecGroup`].
+pub struct MatvecPart<'a> {
+    pub w: Weight<'a>,
+    /// First column in y.
+    pub y: usize,
+    /// h (t, r), B (n, r), r. The scale is in h.
+    pub h: Option<(View<'a, bf16>, View<'a, bf16>, usize)>,
+    /// (n)
+    pub bias: Option<View<'a, bf16>>,
+}
+
+/// Projections that read the same x, side by side in y.
+pub struct MatvecGroup<'a> {
+    /// (t, N) =, rows `ldy` elements apart
+    pub y: Out<'a>,
+    pub ldy: usize,
+    /// (t, k)
+    pub x: View<'a, bf16>,
+    /// Row stride of each part's h.
+    pub ldh: usize,
+    /// 1 to [`MATVEC_MAX_PARTS`].
+    pub parts: &'a [MatvecPart<'a>],
     /// At most [`MATVEC_MAX_T`].
     pub t: usize,
 }
@@ -62,6 +106,16 @@ pub struct AttentionDecode<'a> {
 }
 
 pub fn matvec(cuda: &Cuda, a: Matvec) -> Result<()> {
+    let (h, ldh) = match a.h {
+        Some((h, ldh, b, r)) => (Some((h, b, r)), ldh),
+        None => (None, 0),
+    };
+    let parts = &[MatvecPart { w: a.w, y: 0, h, bias: a.bias }];
+    matvec_group(cuda, MatvecGroup { y: a.y, ldy: a.ldy, x: a.x, ldh, parts, t: a.t })
+}
+
+/// One launch where the parts are all of one kind and aligned.
+pub fn matvec_group(cuda: &Cuda, a: MatvecGroup) -> Result<()> {
     const OP: &str = "matvec";
     if a.t == 0 {
         return Ok(());
@@ -69,61 +123,71 @@ pub fn matvec(cuda: &Cuda, a: Matvec) -> Result<()> {
     if a.t > MATVEC_MAX_T {
         return Err(Error::Shape { op: OP, argument: "t", found: a.t, expected: MATVEC_MAX_T });
     }
-    let nothing = ffi::nf4::Nf4Absmax { absmax: null(), codes: null(), nested_absmax: null(), offset: null() };
-    let (n, k, w, packed, absmax, quant_type) = match a.w {
-        Weight::Nf4(w) => {
-            let absmax = nf4::check_weight(cuda, OP, &w)?;
-            (w.n, w.k, null(), cuda.ptr(&w.packed)?, absmax, nf4::quant_type(w.quant_type))
-        }
-        Weight::Bf16 { w, n, k } => {
-            check_least(OP, "w", w.len(), n.saturating_mul(k))?;
-            (n, k, cuda.ptr(&w)?, null(), nothing, nf4::quant_type(QuantType::Nf4))
-        }
+    let (first, count) = match a.parts {
+        [first, ..] if a.parts.len() <= MATVEC_MAX_PARTS => (first, a.parts.len()),
+        _ => return Err(Error::Shape { op: OP, argument: "parts", found: a.parts.len(), expected: MATVEC_MAX_PARTS }),
     };
-    check_size(OP, "n", n)?;
+    let k = first.w.k();
     check_size(OP, "k", k)?;
     check_least(OP, "x", a.x.len(), a.t * k)?;
     let (y, y_len, y_is_f32) = match &a.y {
         Out::Bf16(y) => (cuda.ptr_mut(y)?.cast(), y.len(), 0),
         Out::F32(y) => (cuda.ptr_mut(y)?.cast(), y.len(), 1),
     };
-    check_matrix(OP, ["y", "ldy"], y_len, (a.t, n), a.ldy)?;
-    let (h, ldh, b, r) = match &a.h {
-        Some((h, ldh, b, r)) => {
+    let nothing = ffi::nf4::Nf4Absmax { absmax: null(), codes: null(), nested_absmax: null(), offset: null() };
+    let mut parts = [ffi::decode::MatvecPart {
+        packed: null(),
+        absmax: nothing,
+        w: null(),
+        h: null(),
+        b: null(),
+        bias: null(),
+        y: 0,
+        n: 0,
+        r: 0,
+        quant_type: nf4::quant_type(QuantType::Nf4),
+    }; MATVEC_MAX_PARTS];
+    for (part, out) in a.parts.iter().zip(&mut parts) {
+        check(OP, "k of a part", part.w.k(), k)?;
+        let n = part.w.n();
+        check_size(OP, "n", n)?;
+        check_matrix(OP, ["y", "ldy"], y_len, (a.t, part.y.saturating_add(n)), a.ldy)?;
+        match &part.w {
+            Weight::Nf4(w) => {
+                out.absmax = nf4::check_weight(cuda, OP, w)?;
+                out.packed = cuda.ptr(&w.packed)?;
+                out.quant_type = nf4::quant_type(w.quant_type);
+            }
+            Weight::Bf16 { w, .. } => {
+                check_least(OP, "w", w.len(), n.saturating_mul(k))?;
+                out.w = cuda.ptr(w)?;
+            }
+        }
+        if let Some((h, b, r)) = &part.h {
             check_size(OP, "r", *r)?;
-            check_matrix(OP, ["h", "ldh"], h.len(), (a.t, *r), *ldh)?;
+            check_matrix(OP, ["h", "ldh"], h.len(), (a.t, *r), a.ldh)?;
             check_least(OP, "b", b.len(), n * r)?;
-            (cuda.ptr(h)?, *ldh, cuda.ptr(b)?, *r)
+            (out.h, out.b, out.r) = (cuda.ptr(h)?, cuda.ptr(b)?, *r as i32);
         }
-        None => (null(), 0, null(), 0),
-    };
-    let bias = match &a.bias {
-        Some(bias) => {
+        if let Some(bias) = &part.bias {
             check_least(OP, "bias", bias.len(), n)?;
-            cuda.ptr(bias)?
+            out.bias = cuda.ptr(bias)?;
         }
-        None => null(),
-    };
+        (out.y, out.n) = (part.y as i32, n as i32);
+    }
     let args = ffi::decode::Matvec {
         y,
         x: cuda.ptr(&a.x)?,
-        packed,
-        absmax,
-        w,
-        h,
-        b,
-        bias,
         ldy: a.ldy as u64,
-        ldh: ldh as u64,
+        ldh: a.ldh as u64,
+        parts,
+        count: count as i32,
         t: a.t as i32,
-        n: n as i32,
         k: k as i32,
-        r: r as i32,
         y_is_f32,
-        quant_type,
     };
     // SAFETY: `args` lives through the call. The buffers have the sizes that the launcher's contract asks for (checked
-    // above), and outlive the kernel: freeing is ordered behind it on the stream.
+    // above), and outlive the kernels: freeing is ordered behind them on the stream.
     unsafe { ffi::decode::matvec(&args, cuda.stream_for_launch()?) }.check(OP)
 }
 
