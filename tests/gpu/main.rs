@@ -26,6 +26,7 @@ mod lora;
 mod model;
 mod nf4;
 mod nf4_gemm;
+mod plan;
 mod rmsnorm;
 mod rope;
 mod runtime;
@@ -70,6 +71,7 @@ fn main() {
     trials.extend(lora::trials());
     trials.extend(runtime::trials());
     trials.extend(nf4_gemm::trials());
+    trials.extend(plan::trials());
     trials.extend(rmsnorm::trials());
     trials.extend(rope::trials());
     trials.extend(swiglu::trials());
