@@ -136,12 +136,12 @@ struct Plan {
         return all;
     }
 
-    // Between `least` and CTAS CTAs, but no more than one for 8 tiles of rows where that makes `least`: each chunk of
+    // Between `least` and CTAS CTAs, but no more than one for 4 tiles of rows where that makes `least`: each chunk of
     // rows costs partial sums.
     void split_rows(int least) {
         const int tiles = ceil_div(sweep.t, TILE_T), all = all_chunks();
         const int low = clamp(least / all, 1, tiles), high = clamp(CTAS / all, 1, tiles);
-        const int chunks = clamp(tiles / 8, low, high);
+        const int chunks = clamp(tiles / 4, low, high);
         sweep.chunk_t = ceil_div(tiles, chunks) * TILE_T;
         splits = ceil_div(sweep.t, sweep.chunk_t);
     }
