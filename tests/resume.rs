@@ -192,6 +192,26 @@ fn a_stopped_and_resumed_run_equals_one_that_never_stopped() {
     }
 }
 
+/// The moments go into a checkpoint and out of it as the codes that they are.
+#[test]
+fn an_8_bit_optimizer_resumes_to_the_same_bits() {
+    let place = Place::new();
+    let eight_bit = |out: &str| TrainConfig { optim: "paged_adamw_8bit".into(), ..place.config(out) };
+    let whole = eight_bit("whole");
+    run(&whole).unwrap();
+    for k in [1, 5] {
+        let config = eight_bit(&format!("stopped-{k}"));
+        run_with(&config, &mut TestUi { stop_after: Some(k), ..Default::default() }).unwrap();
+        let file = config.out.join(format!("checkpoint-{k}")).join(OPTIMIZER);
+        let header = String::from_utf8_lossy(&fs::read(file).unwrap()).into_owned();
+        assert!(header.contains(r#""m":{"dtype":"U8""#) && header.contains("v.absmax"), "{}", &header[..200]);
+        let other = TrainConfig { optim: "adamw_torch".into(), ..resumed(&config) };
+        assert!(message(run(&other)).starts_with("optim: "));
+        run(&resumed(&config)).unwrap();
+        assert_equal_runs(&whole.out, &config.out, 9);
+    }
+}
+
 #[test]
 fn a_run_stopped_inside_an_evaluation_evaluates_when_resumed() {
     let place = Place::new();

@@ -154,6 +154,10 @@ pub trait Backend: Sized {
     fn prefetch_optimizer(&mut self, _state: &mut Self::Optimizer) -> Result<()> {
         Ok(())
     }
+    /// For the log: where the state lives, and, after steps, what moving it cost. None where there is nothing to tell.
+    fn optimizer_report(&mut self, _state: &mut Self::Optimizer) -> Result<Option<String>> {
+        Ok(None)
+    }
     /// Appends k, v of T new tokens of one sequence to the cache and attends over all of it.
     fn attention_decode(&mut self, a: AttentionDecode<Self>) -> Result<()>;
 }

@@ -99,6 +99,7 @@ pub fn run<B: Backend>(
         let dropout = (spec.dropout > 0.0).then_some(Dropout { p: spec.dropout, seed: 1, step: step as u32 });
         let start = Instant::now();
         model.zero_grad(backend)?;
+        backend.prefetch_optimizer(&mut state)?;
         model.loss_and_grad(backend, &device, dropout)?;
         (loss, grad_norm) = model.read_loss_and_norm(backend)?;
         model.optimizer_step(backend, &mut state, &settings)?;

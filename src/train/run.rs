@@ -105,6 +105,9 @@ pub fn run<B: Backend>(backend: &mut B, config: &TrainConfig, ui: &mut dyn Ui) -
         model.write_adapter(backend, &saved.master)?;
     }
     drop(saved);
+    if let Some(text) = backend.optimizer_report(&mut optimizer)? {
+        ui.note(&text);
+    }
     introduce(config, &backend.describe(), &adapter, &data, &order, max_tokens, ui);
     if let Some(path) = &checkpoint {
         ui.note(&format!("resuming {} at step {}", path.display(), step + 1));
@@ -452,6 +455,9 @@ impl<B: Backend> Trainer<'_, B> {
     /// The final adapter goes to `out` itself.
     fn finish(&mut self, dir: &ModelDir) -> Result<()> {
         self.metrics.sync()?;
+        if let Some(text) = self.backend.optimizer_report(&mut self.optimizer)? {
+            self.ui.note(&text);
+        }
         let out = &self.config.out;
         let best = self.state.best.filter(|_| self.config.load_best_model_at_end);
         match best {

@@ -312,6 +312,10 @@ impl Backend for Cuda {
         self.op("adamw", |cuda| a.state.adamw(cuda, step))
     }
 
+    fn optimizer_report(&mut self, state: &mut Optimizer) -> Result<Option<String>> {
+        state.report().map(Some)
+    }
+
     fn prefetch_optimizer(&mut self, state: &mut Optimizer) -> Result<()> {
         self.op("prefetch_optimizer", |cuda| state.prefetch(cuda))
     }

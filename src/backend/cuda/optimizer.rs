@@ -57,6 +57,7 @@ pub struct Step<'a> {
 /// Pages moved for the optimizer since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Traffic {
+    pub steps: u64,
     /// Bytes to the device, and back.
     pub up: u64,
     pub down: u64,
@@ -181,9 +182,18 @@ impl Optimizer {
         self.region.placement()
     }
 
-    /// For the log: size and place of the state.
-    pub fn describe(&self) -> String {
-        format!("optimizer state: {} MB, {}", self.layout.bytes.div_ceil(1_000_000), self.placement())
+    /// For the log: size and place of the state, and what its steps have cost.
+    pub fn report(&mut self) -> Result<String> {
+        let mb = |bytes: u64| format!("{} MB", bytes.div_ceil(1_000_000));
+        let mut text = format!("optimizer state: {}, {}", mb(self.layout.bytes as u64), self.placement());
+        let t = self.traffic()?;
+        if t.up + t.down > 0 && t.steps > 0 {
+            text += &format!("; {} to the GPU and {} back in a step", mb(t.up / t.steps), mb(t.down / t.steps));
+        }
+        if t.timed > 0 {
+            text += &format!("; an update takes {:.2} ms", t.milliseconds / t.timed as f64);
+        }
+        Ok(text)
     }
 
     /// What has been moved so far.
@@ -314,6 +324,7 @@ impl Optimizer {
         }
         record(&self.timer[1], &self.stream)?;
         self.timing = true;
+        self.traffic.steps += 1;
         Ok(())
     }
 
