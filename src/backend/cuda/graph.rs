@@ -109,10 +109,14 @@ impl Cuda {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(|e| driver_error("cuStreamBeginCapture", e))?;
         self.graphs.recording = true;
+        let depth = self.scopes.depth();
         let ran = f(self).and_then(|()| self.join_transfers());
         self.graphs.recording = false;
         let record = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
         if ran.is_err() {
+            // Its copies never began, and its scopes are still open.
+            self.forget_transfers();
+            self.scopes.unwind(depth);
             return Ok(None);
         }
         self.calls.record();

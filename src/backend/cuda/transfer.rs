@@ -151,6 +151,13 @@ impl Cuda {
         self.stream.wait(after).map_err(|e| driver_error("cuStreamWaitEvent", e))
     }
 
+    /// No copy asked for so far is waited for any more: they were recorded, and the record is thrown away.
+    pub(super) fn forget_transfers(&mut self) {
+        if let Some(transfers) = &mut self.transfers {
+            transfers.joined = transfers.next;
+        }
+    }
+
     /// Every op from now on comes behind the end of all copies. A record of a micro-step must end so, and one that is not
     /// recorded does the same.
     pub(super) fn join_transfers(&mut self) -> Result<()> {
