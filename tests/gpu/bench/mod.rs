@@ -10,6 +10,7 @@ mod attention;
 mod decode;
 mod elementwise;
 mod linear;
+mod load;
 mod nf4;
 mod optimizer;
 mod products;
@@ -40,6 +41,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(linear::trials());
     trials.extend(attention::trials());
     trials.extend(decode::trials());
+    trials.extend(load::trials());
     trials.extend(optimizer::trials());
     trials
 }
