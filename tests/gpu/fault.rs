@@ -15,8 +15,8 @@ pub const CHILD: &str = "HALFBYTE_TEST_FAULT";
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        Trial::test("fault/large_more_memory_than_the_card_has_is_told_with_what_is_free", too_much),
         // "large": not under the sanitizer, which would report these faults.
+        Trial::test("fault/large_more_memory_than_the_card_has_is_told_with_what_is_free", too_much),
         Trial::test("fault/large_an_illegal_address_is_found_at_its_launch", || fault("1")),
         Trial::test("fault/large_without_waiting_it_says_how_to_find_the_launch", || fault("0")),
     ]
