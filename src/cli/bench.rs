@@ -169,7 +169,7 @@ fn step(args: &StepArgs) -> Result<()> {
         )?;
         put!(
             out,
-            "              planned {}, the driver counts {}",
+            "              {} with kernels and libraries as planned, {} as the driver counts",
             memory::size(plan.total()),
             row["driver_bytes"].as_u64().map_or("nothing".into(), |b| memory::size(b as usize))
         )?;
@@ -278,16 +278,6 @@ fn measure<B: Backend>(
     Ok((plan, report))
 }
 
-/// "28 × all, 4 × input on the host": the layers' choices from the bottom up.
-fn describe(layers: &[LayerPlan]) -> String {
-    let same = layers.chunk_by(|a, b| a == b);
-    let one = |run: &[LayerPlan]| {
-        let keep = format!("{:?}", run[0].keep).to_lowercase();
-        format!("{} × {keep}{}", run.len(), if run[0].host { " on the host" } else { "" })
-    };
-    same.map(one).collect::<Vec<_>>().join("; ")
-}
-
 /// The row of the CSV and the JSON object.
 fn row(args: &StepArgs, config: &ModelConfig, machine: &Machine, plan: Option<&Plan>, report: &Report) -> Value {
     let tokens = (args.batch * args.length) as f64;
@@ -324,10 +314,10 @@ fn row(args: &StepArgs, config: &ModelConfig, machine: &Machine, plan: Option<&P
         "arena_bytes": plan.map(|p| p.device_bytes),
         "optimizer_bytes": plan.map(|p| p.optimizer_bytes),
         "host_bytes": plan.map(|p| p.host_bytes),
-        "planned_bytes": plan.map(Plan::total),
+        "planned_bytes": plan.map(Plan::driver_bytes),
         "driver_bytes": report.driver_bytes,
         "planned_ms": plan.map(|p| p.step.seconds * 1e3),
-        "layers": plan.map(|p| describe(&p.layers)),
+        "layers": plan.map(|p| memory::describe_layers(&p.layers)),
         "loss": report.loss,
         "load_seconds": report.load_seconds,
     })

@@ -61,6 +61,11 @@ impl Plan {
         self.device_bytes + if self.optimizer_on_device { self.optimizer_bytes } else { 0 }
     }
 
+    /// What the driver's own count of used memory will have grown by after the first steps.
+    pub fn driver_bytes(&self) -> usize {
+        self.total() + super::LIBRARIES
+    }
+
     pub fn item(&self, item: Item) -> usize {
         self.items.get(&item).copied().unwrap_or(0)
     }

@@ -144,7 +144,9 @@ pub enum Products {
 /// As [`super::ops::gemm::gemm`]. cuBLAS has no second pair and no bias: both come first, by our kernel,
 /// and cuBLAS adds to them.
 pub(super) fn matmul(cuda: &Cuda, by: Products, mut g: Gemm) -> Result<()> {
-    let Some(cublas) = cuda.cublas.as_ref().filter(|_| by == Products::Cublas) else {
+    // Rows that do not start at 16 bytes are ours: cuBLAS is slow on them.
+    let aligned = [g.lda, g.ldb, g.ldc].iter().all(|ld| ld.is_multiple_of(8));
+    let Some(cublas) = cuda.cublas.as_ref().filter(|_| by == Products::Cublas && aligned) else {
         return super::ops::gemm::gemm(cuda, g);
     };
     if g.m == 0 || g.n == 0 {

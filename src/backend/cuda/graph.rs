@@ -25,8 +25,9 @@ pub(super) struct Graphs {
     pub off: bool,
     /// Whether ops are being recorded now.
     pub recording: bool,
-    /// Recordings that failed.
+    /// Recordings that failed, and what the last of them said.
     failures: usize,
+    failure: Option<String>,
     /// Keys that have run, the latest last.
     seen: VecDeque<StepKey>,
     /// Records, the one used last at the end.
@@ -58,6 +59,11 @@ impl Graphs {
 }
 
 impl Cuda {
+    /// Why the last recording that failed could not be made; its micro-step was launched op by op.
+    pub fn recording_failure(&self) -> Option<&str> {
+        self.graphs.failure.as_deref()
+    }
+
     /// Turns replay on or off. The bits of a step do not depend on it.
     pub fn use_graphs(&mut self, on: bool) {
         self.graphs.off = !on;
@@ -113,13 +119,23 @@ impl Cuda {
         let ran = f(self).and_then(|()| self.join_transfers());
         self.graphs.recording = false;
         let record = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
-        if ran.is_err() {
+        if let Err(error) = ran {
+            self.graphs.failure = Some(error.to_string());
             // Its copies never began, and its scopes are still open.
             self.forget_transfers();
             self.scopes.unwind(depth);
             return Ok(None);
         }
-        self.calls.record();
-        Ok(record.ok().flatten())
+        match record {
+            Ok(Some(graph)) => {
+                self.calls.record();
+                Ok(Some(graph))
+            }
+            Ok(None) => Ok(None),
+            Err(error) => {
+                self.graphs.failure = Some(driver_error("cuStreamEndCapture", error).to_string());
+                Ok(None)
+            }
+        }
     }
 }

@@ -1,5 +1,5 @@
 //! The linear op in its three ways: NF4 decoded on its way into the tensor core, dequantised and then multiplied by our GEMM
-//! or cuBLAS, or a matrix-vector kernel for few tokens. Which one runs follows from the number of tokens and from what the
+//! or cuBLAS, or a matrix-vector kernel for few tokens. Which one runs follows from the number of tokens, the card, and what the
 //! machine has; `HALFBYTE_LINEAR` and [`Cuda::with_linear`] name one instead.
 //!
 //! LoRA is R more columns of the same product where its operands are aligned for vector loads. Where they are not, and
@@ -7,7 +7,6 @@
 
 use half::bf16;
 
-use super::Cuda;
 use super::cublas::{Products, matmul};
 use super::matrix::{Data, Matrix};
 use super::memory::{View, ViewMut};
@@ -18,6 +17,7 @@ use super::ops::lora::{self, LoraBackward, LoraBackwardX, LoraExpand, LoraForwar
 use super::ops::nf4::Nf4Weight;
 use super::ops::nf4_gemm::{Direction, Nf4Gemm, nf4_gemm};
 use super::scratch::{Scratch, mask};
+use super::{Cuda, Kernels};
 use crate::backend::{Linear, LinearBackward, LinearForward, Lora};
 use crate::error::{Error, Result};
 use crate::nf4::BLOCK;
@@ -62,6 +62,8 @@ impl LinearKind {
 
 /// Fewer tokens than this leave the dequantised weights no time to pay for themselves.
 const FUSED_BELOW: usize = 256;
+/// From so many tokens on our product with LoRA's columns inside takes less time on Hopper than cuBLAS and a pass of LoRA.
+const OWN_FROM: usize = 256;
 
 impl Cuda {
     /// The same GPU, but every linear runs this way; None: as the table says.
@@ -71,8 +73,10 @@ impl Cuda {
         self
     }
 
-    /// The table: how a linear of `t` tokens runs.
-    fn linear_kind(&self, t: usize) -> Result<LinearKind> {
+    /// The table: how a linear of `t` tokens runs. Measured on an H100 (bench/results: linear_forward, linear_backward);
+    /// `one_sum`: all projections of a group add to one output, as in backward, where cuBLAS takes them as one product.
+    fn linear_kind(&self, t: usize, one_sum: bool) -> Result<LinearKind> {
+        let hopper = self.kernels == Kernels::Sm90;
         match self.linear {
             Some(LinearKind::SliceCublas) if self.cublas.is_none() => {
                 let why = "libcublas is not to be found, or HALFBYTE_CUBLAS=0 hides it".into();
@@ -80,7 +84,8 @@ impl Cuda {
             }
             Some(forced) => Ok(forced),
             None if t <= MATVEC_MAX_T => Ok(LinearKind::Matvec),
-            None if t < FUSED_BELOW => Ok(LinearKind::Fused),
+            None if t < FUSED_BELOW && !(hopper && self.cublas.is_some()) => Ok(LinearKind::Fused),
+            None if hopper && t >= OWN_FROM && !one_sum => Ok(LinearKind::Slice),
             None if self.cublas.is_some() => Ok(LinearKind::SliceCublas),
             None => Ok(LinearKind::Slice),
         }
@@ -253,7 +258,7 @@ pub(super) fn forward(cuda: &Cuda, s: &mut Scratch, a: LinearForward<Cuda>) -> R
         parts.iter().zip(&pairs).filter(|(_, pair)| pair.is_none()).filter_map(|(p, _)| p.lora_part()).collect();
     let mut y = a.y.range_mut(0..t * n);
 
-    match cuda.linear_kind(t)? {
+    match cuda.linear_kind(t, false)? {
         LinearKind::Matvec => {
             for row in (0..t).step_by(MATVEC_MAX_T) {
                 let rows = MATVEC_MAX_T.min(t - row);
@@ -380,7 +385,7 @@ pub(super) fn backward(cuda: &Cuda, s: &mut Scratch, a: LinearBackward<Cuda>) ->
     let Some(dx) = a.dx else { return Ok(()) };
     let mut dx = dx.range_mut(0..t * k);
     let dh = a.dh.view();
-    let kind = cuda.linear_kind(t)?;
+    let kind = cuda.linear_kind(t, parts.len() > 1)?;
     let by = if kind == LinearKind::SliceCublas { Products::Cublas } else { Products::Own };
     let fused = matches!(kind, LinearKind::Fused | LinearKind::Matvec);
     let group = if fused { None } else { widened_group(cuda, &parts, s.weights.view_mut())? };
