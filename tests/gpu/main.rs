@@ -38,7 +38,7 @@ mod tiny;
 use std::path::{Path, PathBuf};
 
 use halfbyte::backend::cuda::Cuda;
-use libtest_mimic::Arguments;
+use libtest_mimic::{Arguments, Trial};
 
 fn main() {
     if std::env::var_os(fault::CHILD).is_some() {
@@ -69,9 +69,7 @@ fn main() {
     trials.extend(head::trials());
     trials.extend(linear::trials());
     trials.extend(lora::trials());
-    trials.extend(runtime::trials());
     trials.extend(nf4_gemm::trials());
-    trials.extend(plan::trials());
     trials.extend(rmsnorm::trials());
     trials.extend(rope::trials());
     trials.extend(swiglu::trials());
@@ -79,10 +77,20 @@ fn main() {
     if args.bench {
         trials.extend(bench::trials());
     }
-    let gpu = Cuda::open(0);
-    if let Err(why) = &gpu {
-        let why = why.to_string();
-        trials = trials.into_iter().map(|t| t.with_kind(why.clone()).with_ignored_flag(true)).collect();
+    let mut alone = model::recorded_trials();
+    alone.extend(runtime::trials());
+    alone.extend(plan::trials());
+
+    let missing = Cuda::open(0).err().map(|why| why.to_string());
+    let known = |trial: Trial| match &missing {
+        Some(why) => trial.with_kind(why.clone()).with_ignored_flag(true),
+        None => trial,
+    };
+    let beside_each_other = libtest_mimic::run(&args, trials.into_iter().map(known).collect());
+    let one_by_one = Arguments { test_threads: Some(1), ..args };
+    let alone = libtest_mimic::run(&one_by_one, alone.into_iter().map(known).collect());
+    if beside_each_other.has_failed() {
+        beside_each_other.exit();
     }
-    libtest_mimic::run(&args, trials).exit();
+    alone.exit();
 }

@@ -15,12 +15,14 @@ use crate::support::{Outcome, same};
 use crate::tiny::{self, Engine, Step, distance};
 
 /// Twice the worst that PyTorch gives for these fixtures with every tensor in bf16: loss 1.9e-3, logits 1.9e-2, gradient
-/// tensor 5.0e-2, gradient norm 3.9e-3. AdamW divides each gradient by its own size, so errors of small ones grow.
+/// tensor 5.0e-2. The gradient norm is one number, whose error is luck: noise of bf16's size on the weights moves it by
+/// 3.3e-3 (deviation over twelve draws), and four of those are allowed. AdamW divides each gradient by its own size, so
+/// errors of small ones grow.
 const BF16: Tolerance = Tolerance {
     loss: 3.8e-3,
     logits: 3.8e-2,
     gradient: 0.1,
-    norm: 7.8e-3,
+    norm: 1.3e-2,
     training: 1e-2,
     adapter: 2e-2,
     update: 0.15,
@@ -47,8 +49,9 @@ device!(WithoutCublas, |cuda| cuda.without_cublas());
 device!(Fused, |cuda| cuda.with_linear(Some(LinearKind::Fused)));
 device!(Slice, |cuda| cuda.with_linear(Some(LinearKind::Slice)));
 
-pub fn trials(root: &Path) -> Vec<Trial> {
-    let mut trials = vec![
+/// What records its micro-steps for replay: work of another thread would spoil that, so these run one at a time.
+pub fn recorded_trials() -> Vec<Trial> {
+    vec![
         Trial::test("model/replayed_steps_equal_launched_ones", replay),
         Trial::test("model/what_layers_keep_changes_no_bit", keeps),
         Trial::test("model/a_step_run_again_gives_the_same_bits", again),
@@ -57,7 +60,12 @@ pub fn trials(root: &Path) -> Vec<Trial> {
         Trial::test("model/a_step_allocates_nothing_and_waits_once", calls),
         Trial::test("model/evaluation_gives_the_loss_of_training", evaluation),
         Trial::test("model/sixteen_bit_weights_follow_the_cpu", dense),
-    ];
+    ]
+}
+
+/// The golden cases, on each of the ways that a linear can take.
+pub fn trials(root: &Path) -> Vec<Trial> {
+    let mut trials = vec![];
     for (way, found) in [
         ("as_picked", golden_cases::<AsPicked>(root)),
         ("sm80", golden_cases::<Sm80>(root)),
