@@ -239,8 +239,9 @@ fn compile_one(nvcc: &Nvcc, gencode: &[String], threads: usize, source: &Path, o
     command.arg("-c").arg(source).arg("-o").arg(&temp);
     let run = command.output().map_err(|e| format!("{}: {e}", nvcc.path.display()))?;
     let output = format!("{}{}", String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
-    // ptxas does not count its remarks on spills and local memory among the warnings that -Werror stops.
-    let spills = output.contains("warning") || output.contains("spill");
+    // ptxas does not count its remarks on spills, local memory and serialised wgmma among the warnings that -Werror stops.
+    let remarks = ["warning", "spill", "Performance Loss"];
+    let spills = remarks.iter().any(|remark| output.contains(remark));
     if !run.status.success() || spills {
         let _ = fs::remove_file(&temp);
         let hint = if output.contains("host compiler") { "\n(it needs g++; NVCC_CCBIN names another)" } else { "" };

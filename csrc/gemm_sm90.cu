@@ -1,8 +1,8 @@
 // The bf16 matrix product on Hopper: tensor copies (TMA) by one thread, wgmma by two warpgroups, a persistent grid.
 //
-// A CTA makes tiles of c of 128 rows and BN columns, 64 rows to a warpgroup, from stages of 64 k. Two CTAs of a cluster work
-// on tiles one above the other and share b: each copies half of it to both. Tiles run down strips of GROUP tiles of rows, so
-// that what is in work at one time reads few rows of a and b.
+// A CTA makes tiles of c of 128 rows and BN columns, 64 rows to a warpgroup, from stages of 64 k. Two CTAs of a cluster
+// work on tiles one above the other and share b: each copies half of it to both. Tiles run down strips of GROUP tiles
+// of rows, so that what is in work at one time reads few rows of a and b.
 
 #include "gemm_args.cuh"
 #include "tma.cuh"
@@ -42,8 +42,8 @@ struct Problem {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Adds to 64 columns of sums, as a warp holds 16 rows of them, the rest of the formula, and writes them as bf16. `row` and
-// `column` are of the warp's first element.
+// Adds to 64 columns of sums, as a warp holds 16 rows of them, the rest of the formula, and writes them as bf16. `row`
+// and `column` are of the warp's first element.
 template <bool ACCUMULATE>
 __device__ __forceinline__ void store_bf16(const Problem &p, const float *d, int row, int column, uint8_t *staging) {
     const int lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90_kernel(const __grid_cons
                     if (B_MN) {
                         const int row = rank * (BK / CLUSTER);
 #pragma unroll
-                        for (int panel = 0; panel < BN / 64; ++panel)
-                            copy_box<true>(b + (panel * BK + row) * 128, map_b, at.y + panel * 64, k + row, arrived, ALL);
+                        for (int i = 0; i < BN / 64; ++i)
+                            copy_box<true>(b + (i * BK + row) * 128, map_b, at.y + i * 64, k + row, arrived, ALL);
                     } else {
                         const int row = rank * (BN / CLUSTER);
                         copy_box<true>(b + row * 128, map_b, k, at.y + row, arrived, ALL);
@@ -178,9 +178,9 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90_kernel(const __grid_cons
             const auto product = [&](int k, int accumulate) {
                 const uint32_t a = base + stage * STAGE_BYTES + half * (64 * 128);
                 const uint32_t b = base + stage * STAGE_BYTES + A_BYTES;
-                wgmma_shared_a<B_MN>(d, descriptor_k_major(a + k * 32),
-                                     B_MN ? descriptor_mn_major(b + k * 2048, BK * 128) : descriptor_k_major(b + k * 32),
-                                     accumulate);
+                const uint64_t of_b =
+                    B_MN ? descriptor_mn_major(b + k * 2048, BK * 128) : descriptor_k_major(b + k * 32);
+                wgmma_shared_a<B_MN>(d, descriptor_k_major(a + k * 32), of_b, accumulate);
             };
             int last = -1;
             // The products of a stage are awaited, and the stage given back, when those of the next are on their way.
@@ -282,10 +282,11 @@ template <int BN, bool B_MN> cudaError_t launch(const Gemm &g, int group, int sm
 }
 
 cudaError_t launch_width(const Gemm &g, int bn, int sms, cudaStream_t stream, int group = GROUP) {
+    const bool nt = g.b_transposed != 0;
     switch (bn) {
-    case 256: return g.b_transposed ? launch<256, false>(g, group, sms, stream) : launch<256, true>(g, group, sms, stream);
-    case 192: return g.b_transposed ? launch<192, false>(g, group, sms, stream) : launch<192, true>(g, group, sms, stream);
-    default: return g.b_transposed ? launch<128, false>(g, group, sms, stream) : launch<128, true>(g, group, sms, stream);
+    case 256: return nt ? launch<256, false>(g, group, sms, stream) : launch<256, true>(g, group, sms, stream);
+    case 192: return nt ? launch<192, false>(g, group, sms, stream) : launch<192, true>(g, group, sms, stream);
+    default: return nt ? launch<128, false>(g, group, sms, stream) : launch<128, true>(g, group, sms, stream);
     }
 }
 
@@ -294,14 +295,14 @@ bool rows_aligned(const bf16 *x, int64_t ld) { return is_aligned(x, 16) && ld % 
 } // namespace
 
 // gemm_sm90    as gemm, on a Hopper card, where pointers and rows of a, b, a2, b2 and c start at 16 bytes and n is a
-// multiple of 8; cudaErrorNotSupported otherwise. The order of the sum is wgmma's: not the bits of gemm, the same in every
-// run.
+// multiple of 8; cudaErrorNotSupported otherwise. The order of the sum is wgmma's: not the bits of gemm, the same in
+// every run.
 HALFBYTE_API cudaError_t gemm_sm90(const Gemm *args, cudaStream_t stream) {
     const Gemm &g = *args;
     if (g.m == 0 || g.n == 0) return cudaSuccess;
     if (g.c_dtype != Dtype::F32 && g.c_dtype != Dtype::Bf16) return cudaErrorInvalidValue;
-    const bool aligned = rows_aligned(g.a, g.lda) && rows_aligned(g.b, g.ldb) && is_aligned(g.c, 16) && g.ldc % 8 == 0 &&
-                         g.n % 8 == 0 && is_aligned(g.bias, 4) &&
+    const bool aligned = rows_aligned(g.a, g.lda) && rows_aligned(g.b, g.ldb) && is_aligned(g.c, 16) &&
+                         g.ldc % 8 == 0 && g.n % 8 == 0 && is_aligned(g.bias, 4) &&
                          (g.k2 == 0 || (rows_aligned(g.a2, g.lda2) && rows_aligned(g.b2, g.ldb2)));
     if (!aligned) return cudaErrorNotSupported;
     int device = 0, major = 0, sms = 0;
@@ -311,7 +312,8 @@ HALFBYTE_API cudaError_t gemm_sm90(const Gemm *args, cudaStream_t stream) {
     if (status != cudaSuccess) return status;
     if (major != 9) return cudaErrorNoKernelImageForDevice;
 
-    // The time of each width is its tiles in a row on one SM times its work; narrow tiles take a little more for theirs.
+    // The time of each width is its tiles in a row on one SM times its work; narrow tiles take a little more for
+    // theirs.
     int best = 256;
     int64_t least = INT64_MAX;
     for (const int bn : {256, 192, 128}) {

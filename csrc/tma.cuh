@@ -27,8 +27,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-// At the same place in the shared memory of CTA `rank` of the cluster. It tells that products have read what a copy may now
-// overwrite, and publishes no writes: a release for the cluster would cost a fence of the whole GPU.
+// At the same place in the shared memory of CTA `rank` of the cluster. It tells that products have read what a copy may
+// now overwrite, and publishes no writes: a release for the cluster would cost a fence of the whole GPU.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile("{\n.reg .b32 there;\n"
                  "mapa.shared::cluster.u32 there, %0, %1;\n"
