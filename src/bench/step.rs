@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::random_weights::RandomWeights;
-use crate::backend::{Backend, Batch, Dropout, HostBatch, Item, NewOptimizer, OptimKind, ParamGroup};
+use crate::backend::{Backend, Batch, Dropout, HostBatch, Item, NewOptimizer, OptimKind, ParamGroup, Scope};
 use crate::error::Result;
 use crate::memory;
 use crate::model::{AdamwSettings, HostAdapter, Model, ModelConfig, ModelOptions, Proj};
@@ -98,11 +98,13 @@ pub fn run<B: Backend>(
         settings.step = step as u64 + 1;
         let dropout = (spec.dropout > 0.0).then_some(Dropout { p: spec.dropout, seed: 1, step: step as u32 });
         let start = Instant::now();
+        backend.enter(Scope::Step(settings.step));
         model.zero_grad(backend)?;
         backend.prefetch_optimizer(&mut state)?;
         model.loss_and_grad(backend, &device, dropout)?;
         (loss, grad_norm) = model.read_loss_and_norm(backend)?;
         model.optimizer_step(backend, &mut state, &settings)?;
+        backend.leave();
         // The next read waits for the update; a loop that reads nothing more would not time it.
         model.read_loss(backend)?;
         if step >= spec.warm_up {

@@ -148,6 +148,16 @@ pub enum Format {
     FourBit { double_quant: bool },
 }
 
+impl Format {
+    /// Of the random weights of the benchmarks: embedding and head in 16 bits, projections in 4 with double quantisation.
+    pub fn of_random(name: &str) -> Self {
+        match name.contains("embed_tokens") || name.contains("lm_head") {
+            true => Self::Dense,
+            false => Self::FourBit { double_quant: true },
+        }
+    }
+}
+
 /// A source of weights that are shapes alone, each matrix in the format that `format` gives for its name.
 /// Only a backend that does nothing but count can load it.
 pub struct ShapeSource<'a> {

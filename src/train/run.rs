@@ -14,7 +14,7 @@ use super::tensorboard::EventWriter;
 use super::ui::{StepReport, Ui};
 use super::validate::{Every, resolve};
 use super::{checkpoints, optimizer};
-use crate::backend::{Backend, Batch, Dropout, HostBatch, Item, NewOptimizer};
+use crate::backend::{Backend, Batch, Dropout, HostBatch, Item, NewOptimizer, Scope};
 use crate::checkpoint::state::{self, TrainingState};
 use crate::checkpoint::{ModelDir, peft};
 use crate::error::{Error, Result};
@@ -297,6 +297,7 @@ impl<B: Backend> Trainer<'_, B> {
                 "at least one token that counts in the loss",
             ));
         }
+        self.backend.enter(Scope::Step(self.step + 1));
         self.model.zero_grad(self.backend)?;
         for (i, host) in micro_batches.iter().enumerate() {
             if i + 1 == micro_batches.len() {
@@ -320,6 +321,7 @@ impl<B: Backend> Trainer<'_, B> {
         let learning_rate = self.schedule.rate(self.step);
         let settings = optimizer::settings(self.config, &self.adapter.layout, learning_rate, self.step + 1);
         self.model.optimizer_step(self.backend, &mut self.optimizer, &settings)?;
+        self.backend.leave();
 
         let tokens: u64 = micro_batches.iter().map(|h| h.tokens.len() as u64).sum();
         let seconds = start.elapsed().as_secs_f64();

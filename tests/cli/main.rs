@@ -1,5 +1,6 @@
 //! The real binary on the tiny models: output, errors and exit codes of every command.
 
+mod bench;
 mod eval;
 mod generate;
 mod info;

@@ -1,10 +1,10 @@
-//! `halfbyte bench`: how fast this machine trains.
+//! `halfbyte bench step`: how fast this machine trains.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::Args;
 use halfbyte::backend::Backend;
+use halfbyte::backend::cpu::OpTime;
 use halfbyte::bench::step::{self, Report, Spec};
 use halfbyte::memory::{self, Card, Mode, Plan, Request};
 use halfbyte::model::shapes::{self, Format};
@@ -13,23 +13,12 @@ use halfbyte::train::TrainConfig;
 use halfbyte::{Error, Result};
 use serde_json::{Value, json};
 
-use super::args::DeviceArgs;
-use super::info::meminfo;
-use super::load::{Picked, with_backend};
-use super::output::{Out, put};
-use super::progress::{Progress, Unit};
-
-#[derive(Args, Debug)]
-pub struct BenchArgs {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Subcommand, Debug)]
-enum What {
-    /// Time whole training steps of a well-known model's shape, with random weights
-    Step(Box<StepArgs>),
-}
+use super::{append, at_least_one};
+use crate::cli::args::DeviceArgs;
+use crate::cli::info::meminfo;
+use crate::cli::load::{Picked, with_backend};
+use crate::cli::output::{Out, put};
+use crate::cli::progress::{Progress, Unit};
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -39,7 +28,7 @@ enum What {
 
 A step is one micro-batch forward and backward, the gradient norm and the update; LoRA on all seven projections. The
 bound is the time of the matrix products alone at the rate that the largest of them reached in this run.")]
-struct StepArgs {
+pub struct StepArgs {
     /// Model whose shape it is
     #[arg(long, value_name = "NAME", default_value = "mistral-7b", value_parser = clap::builder::PossibleValuesParser::new(shapes::SHAPES))]
     shape: String,
@@ -92,16 +81,6 @@ struct StepArgs {
     device: DeviceArgs,
 }
 
-fn at_least_one(text: &str) -> std::result::Result<usize, String> {
-    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
-}
-
-pub fn run(args: BenchArgs) -> Result<()> {
-    match args.what {
-        What::Step(args) => step(&args),
-    }
-}
-
 /// What is known of the device beside its backend.
 struct Machine {
     name: String,
@@ -110,7 +89,7 @@ struct Machine {
     rate: Option<f64>,
 }
 
-fn step(args: &StepArgs) -> Result<()> {
+pub fn run(args: &StepArgs) -> Result<()> {
     if !(0.0..1.0).contains(&args.lora_dropout) {
         return Err(Error::flag("--lora-dropout", args.lora_dropout.to_string(), "a number from 0 to below 1"));
     }
@@ -170,7 +149,7 @@ fn step(args: &StepArgs) -> Result<()> {
         put!(
             out,
             "              {} with kernels and libraries as planned, {} as the driver counts",
-            memory::size(plan.total()),
+            memory::size(plan.driver_bytes()),
             row["driver_bytes"].as_u64().map_or("nothing".into(), |b| memory::size(b as usize))
         )?;
         put!(out, "  layers      {}", row["layers"].as_str().unwrap_or_default())?;
@@ -182,10 +161,27 @@ fn step(args: &StepArgs) -> Result<()> {
         report.grad_norm,
         report.load_seconds
     )?;
+    for (op, calls, seconds, share) in op_times(&picked) {
+        put!(out, "{op:>20} {calls:7} calls {:10.2} ms {share:5.1} %", seconds * 1e3)?;
+    }
     out.flush()
 }
 
-#[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps, reason = "asking a GPU can fail"))]
+/// Each op of the CPU backend, the longest first: calls, seconds, per cent of all. On a GPU a profiler tells.
+fn op_times(picked: &Picked) -> Vec<(&'static str, u64, f64, f64)> {
+    let times = match picked {
+        Picked::Cpu(cpu) => cpu.times(),
+        #[cfg(feature = "cuda")]
+        Picked::Cuda(_) => &[],
+    };
+    let total: f64 = times.iter().map(|op| op.time.as_secs_f64()).sum();
+    let row = |op: &OpTime| (op.op, op.calls, op.time.as_secs_f64(), 100.0 * op.time.as_secs_f64() / total);
+    let mut rows: Vec<_> = times.iter().map(row).collect();
+    rows.sort_by(|a, b| b.2.total_cmp(&a.2));
+    rows
+}
+
+#[cfg_attr(not(feature = "cuda"), expect(unused, clippy::unnecessary_wraps, reason = "for a GPU"))]
 fn machine(picked: &mut Picked, args: &StepArgs, config: &ModelConfig) -> Result<Machine> {
     match picked {
         Picked::Cpu(cpu) => Ok(Machine { name: cpu.describe(), card: None, rate: None }),
@@ -208,29 +204,12 @@ fn measure<B: Backend>(
     free: Option<usize>,
 ) -> Result<(Option<Plan>, Report)> {
     let optim = TrainConfig { optim: args.optim.clone(), ..TrainConfig::default() }.optim_kind()?;
-    let lora = LoraConfig {
-        r: args.r,
-        lora_alpha: 2.0 * args.r as f64,
-        lora_dropout: args.lora_dropout,
-        target_modules: TargetModules::Pattern("all-linear".into()),
-        rank_pattern: vec![],
-        alpha_pattern: vec![],
-        use_rslora: false,
-    };
-    let mut adapter = HostAdapter::init(lora, config, 1)?;
-    // B starts at zero, and half of the gradients with it; random values cost the same as trained ones.
-    for site in &adapter.layout.sites.clone() {
-        let a = adapter.weights[site.a_range()].to_vec();
-        adapter.weights[site.b_range()].iter_mut().zip(a.iter().cycle()).for_each(|(b, a)| *b = 0.1 * a);
-    }
+    let adapter = random_adapter(config, args.r, args.lora_dropout)?;
     let tokens = args.batch * args.length;
     let plan = match machine.card {
         None => None,
         Some(card) => {
-            let format = |name: &str| match name.contains("embed_tokens") || name.contains("lm_head") {
-                true => Format::Dense,
-                false => Format::FourBit { double_quant: true },
-            };
+            let format = |name: &str| Format::of_random(name);
             let device = match &args.memory {
                 Some(text) => memory::parse_size("--memory", text)?,
                 None => memory::default_budget(free, &card),
@@ -278,6 +257,25 @@ fn measure<B: Backend>(
     Ok((plan, report))
 }
 
+/// LoRA on all seven projections; B is not zero, as it is not in training but for the first step.
+pub(super) fn random_adapter(config: &ModelConfig, r: usize, lora_dropout: f32) -> Result<HostAdapter> {
+    let lora = LoraConfig {
+        r,
+        lora_alpha: 2.0 * r as f64,
+        lora_dropout,
+        target_modules: TargetModules::Pattern("all-linear".into()),
+        rank_pattern: vec![],
+        alpha_pattern: vec![],
+        use_rslora: false,
+    };
+    let mut adapter = HostAdapter::init(lora, config, 1)?;
+    for site in &adapter.layout.sites.clone() {
+        let a = adapter.weights[site.a_range()].to_vec();
+        adapter.weights[site.b_range()].iter_mut().zip(a.iter().cycle()).for_each(|(b, a)| *b = 0.1 * a);
+    }
+    Ok(adapter)
+}
+
 /// The row of the CSV and the JSON object.
 fn row(args: &StepArgs, config: &ModelConfig, machine: &Machine, plan: Option<&Plan>, report: &Report) -> Value {
     let tokens = (args.batch * args.length) as f64;
@@ -321,25 +319,4 @@ fn row(args: &StepArgs, config: &ModelConfig, machine: &Machine, plan: Option<&P
         "loss": report.loss,
         "load_seconds": report.load_seconds,
     })
-}
-
-/// Appends a row; a new file gets a line of names first.
-fn append(path: &Path, row: &Value) -> Result<()> {
-    let Value::Object(fields) = row else { return Ok(()) };
-    let new = !path.exists();
-    let cell = |v: &Value| match v {
-        Value::Null => String::new(),
-        Value::String(s) if s.contains(',') => format!("\"{s}\""),
-        Value::String(s) => s.clone(),
-        Value::Number(n) if n.is_f64() => format!("{:.3}", n.as_f64().unwrap_or(f64::NAN)),
-        other => other.to_string(),
-    };
-    let mut text = String::new();
-    if new {
-        text += &(fields.keys().cloned().collect::<Vec<_>>().join(",") + "\n");
-    }
-    text += &(fields.values().map(cell).collect::<Vec<_>>().join(",") + "\n");
-    let mut file =
-        std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(Error::write("open", path))?;
-    file.write_all(text.as_bytes()).map_err(Error::write("append to", path))
 }

@@ -1,0 +1,57 @@
+//! `halfbyte bench`: how fast this machine is, with random weights of a well-known model's shape.
+
+mod decode;
+mod step;
+
+use std::io::Write;
+use std::path::Path;
+
+use clap::{Args, Subcommand};
+use halfbyte::{Error, Result};
+use serde_json::Value;
+
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// Time whole training steps
+    Step(Box<step::StepArgs>),
+    /// Time the generation of one token after another
+    Decode(decode::DecodeArgs),
+}
+
+pub fn run(args: BenchArgs) -> Result<()> {
+    match args.what {
+        What::Step(args) => step::run(&args),
+        What::Decode(args) => decode::run(&args),
+    }
+}
+
+fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
+}
+
+/// Appends a row; a new file gets a line of names first.
+fn append(path: &Path, row: &Value) -> Result<()> {
+    let Value::Object(fields) = row else { return Ok(()) };
+    let new = !path.exists();
+    let cell = |v: &Value| match v {
+        Value::Null => String::new(),
+        Value::String(s) if s.contains(',') => format!("\"{s}\""),
+        Value::String(s) => s.clone(),
+        Value::Number(n) if n.is_f64() => format!("{:.3}", n.as_f64().unwrap_or(f64::NAN)),
+        other => other.to_string(),
+    };
+    let mut text = String::new();
+    if new {
+        text += &(fields.keys().cloned().collect::<Vec<_>>().join(",") + "\n");
+    }
+    text += &(fields.values().map(cell).collect::<Vec<_>>().join(",") + "\n");
+    let mut file =
+        std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(Error::write("open", path))?;
+    file.write_all(text.as_bytes()).map_err(Error::write("append to", path))
+}

@@ -1,0 +1,35 @@
+//! `halfbyte bench`.
+
+use crate::halfbyte;
+
+#[test]
+fn a_step_gives_one_row_with_its_figures() {
+    let dir = tempfile::tempdir().unwrap();
+    let csv = dir.path().join("steps.csv");
+    let path = csv.to_str().unwrap();
+    let step =
+        ["bench", "step", "--shape", "tiny", "--length", "64", "--steps", "2", "--warm-up", "1", "--device", "cpu"];
+    let row = halfbyte(step.iter().chain(&["--json", "--csv", path])).json();
+    assert!(row["tokens_per_second"].as_f64().unwrap() > 0.0, "{row}");
+    assert!(row["loss"].as_f64().unwrap() > 1.0, "{row}");
+    halfbyte(step.iter().chain(&["--csv", path])).ok();
+    let text = std::fs::read_to_string(csv).unwrap();
+    let columns: Vec<usize> = text.lines().map(|l| l.split(',').count()).collect();
+    assert!(columns.len() == 3 && columns.iter().all(|c| *c == columns[0]), "a line of names and two rows: {text}");
+}
+
+#[test]
+fn decoding_gives_tokens_a_second() {
+    let row =
+        halfbyte(["bench", "decode", "--shape", "tiny", "--past", "20", "--tokens", "3", "--device", "cpu", "--json"])
+            .json();
+    assert!(row["tokens_per_second"].as_f64().unwrap() > 0.0, "{row}");
+}
+
+#[test]
+fn what_cannot_be_timed_is_refused() {
+    halfbyte(["bench", "step", "--shape", "gpt-9"]).fails(2, &["--shape", "gpt-9", "mistral-7b"]);
+    halfbyte(["bench", "step", "--length", "0"]).fails(2, &["--length"]);
+    halfbyte(["bench", "step", "--shape", "tiny", "--lora-dropout", "1.5"]).fails(2, &["--lora-dropout", "below 1"]);
+    halfbyte(["bench", "step", "--shape", "tiny", "--optim", "sgd"]).fails(2, &["optim", "sgd"]);
+}
