@@ -11,6 +11,9 @@ use halfbyte::{Error, Result};
 use serde_json::Value;
 
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  halfbyte bench step --shape mistral-7b --batch 4 --length 2048
+  halfbyte bench decode --shape mistral-7b --past 4096")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,
