@@ -1,15 +1,16 @@
 // What the kernels of attention_sm90.cu and attention_sm90_backward.cu share: tiles, products, masks.
 //
-// A CTA is two warpgroups; it owns 128 queries of one head (forward, dq) or 128 keys of one KV head (dk, dv), 64 rows to a
-// warpgroup, and walks over the tiles of the other side in order, two stages of them in shared memory. Probabilities never
-// leave registers: they come out of one product as sums and go into the next as its A operand. All threads copy.
-// One barrier a tile: behind it everybody's copies of this tile have arrived and all products of the last one are done.
+// A CTA owns 128 queries of one head (forward, dq) or 128 keys of one KV head (dk, dv) and walks over the tiles of the
+// other side in order. One warpgroup copies (TMA), two multiply, 64 of the rows each. A stage of tiles goes back and
+// forth between them by two mbarriers, full and empty; the two that multiply do not wait for each other. Probabilities
+// never leave registers: they come out of one product as sums and go into the next as its A operand.
 #pragma once
 
 #include "attention.cuh"
+#include "tma.cuh"
 #include "wgmma.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 384;
 constexpr int ROWS = 128; // of the tile that a CTA owns
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -33,19 +34,22 @@ __device__ __forceinline__ void cp_async4(uint32_t to_shared, const void *from, 
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
 }
 
-// Copies R rows of D elements into a tile; rows from `valid` on become zeros.
+// Copies R rows of a head into a tile, by one thread; the bytes count on `barrier`. Rows behind the end of a sequence
+// are those of the next one, or zeros: what comes of them is masked, or not stored.
 template <int R, int D>
-__device__ __forceinline__ void load_tile(uint32_t tile, const bf16 *from, size_t ld, int valid) {
-    constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
-    static_assert(STEP % 8 == 0 && R % STEP == 0, "the swizzle of a thread's rows is one");
-    const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-    const uint32_t to = tile + (chunk / 8) * (R * 128) + swizzle128(row, chunk % 8);
-    const bf16 *p = from + row * ld + chunk * 8;
+__device__ __forceinline__ void copy_tile(uint32_t tile, const CUtensorMap *map, int column, int row,
+                                          uint32_t barrier) {
 #pragma unroll
-    for (int r = 0; r < R; r += STEP) {
-        cp_async16(to + r * 128, p, row + r < valid);
-        p += STEP * ld;
-    }
+    for (int panel = 0; panel < D / 64; ++panel)
+        copy_box<false>(tile + panel * (R * 128), map, column + panel * 64, row, barrier, 0);
+}
+
+// Waits until `threads` threads have come to barrier `id` of the CTA, or announced that they did.
+__device__ __forceinline__ void named_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
 // d (64 x N) = a bᵀ over D columns: 64 rows from `a` on of a tile of ROWS rows, and a tile of N rows.
@@ -70,12 +74,12 @@ template <int S> __device__ __forceinline__ void pack(uint32_t (&p)[S][4], const
         for (int i = 0; i < 4; ++i) p[k][i] = pack_bf16(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
 }
 
-// Rounds 64 rows of a warpgroup's sums, times the factor of the row, and writes them to rows below `valid` of `to` (row 0
-// of the CTA's tile), by way of a tile in shared memory that nobody reads any more.
+// Rounds 64 rows of a warpgroup's sums, times the factor of the row, and writes them to rows below `valid` of `to` (row
+// 0 of the CTA's tile), by way of a tile in shared memory that nobody reads any more. `warp`: of those that multiply.
 template <int D>
 __device__ __forceinline__ void store_rows(bf16 *to, size_t ld, int valid, uint8_t *tile, const float (&d)[D / 2],
-                                           float factor0, float factor8) {
-    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
+                                           float factor0, float factor8, int warp) {
+    const int lane = threadIdx.x % 32, first = warp * 16;
     const int row = first + lane / 4;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
@@ -93,19 +97,6 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t ld, int valid, uint8
     }
 }
 
-// Where the inputs of one head of one sequence start; rows are `ld` apart.
-struct Inputs {
-    const bf16 *q, *k, *v;
-    size_t ld;
-};
-
-template <int D> __device__ __forceinline__ Inputs inputs_of(const bf16 *qkv, int start, int head, int h, int g) {
-    const size_t ld = size_t(h + 2 * g) * D;
-    const bf16 *sequence = qkv + start * ld;
-    const int kv = head / (h / g);
-    return {sequence + head * D, sequence + (h + kv) * D, sequence + (h + g + kv) * D, ld};
-}
-
 // What belongs to a warp's rows (queries) and to keys from `key0` on that they do not see becomes `hidden`.
 template <int HALF_N>
 __device__ __forceinline__ void mask_keys(float (&s)[HALF_N], int key0, int warp_row, int window, float hidden) {
@@ -120,13 +111,15 @@ __device__ __forceinline__ void mask_keys(float (&s)[HALF_N], int key0, int warp
 
 // The same where rows are keys and columns, from `query0` on, queries.
 template <int HALF_N>
-__device__ __forceinline__ void mask_queries(float (&s)[HALF_N], int query0, int warp_row, int window, float hidden) {
-    if (warp_row + 15 <= query0 && warp_row > query0 + 2 * HALF_N - 1 - window) return;
+__device__ __forceinline__ void mask_queries(float (&s)[HALF_N], int query0, int warp_row, int window, int len,
+                                             float hidden) {
+    const int last = query0 + 2 * HALF_N - 1;
+    if (warp_row + 15 <= query0 && warp_row > last - window && last < len) return;
     const int row = warp_row + threadIdx.x % 32 / 4, query = query0 + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int n = 0; n < HALF_N; ++n) {
         const int i = query + n / 4 * 8 + n % 2, j = row + n % 4 / 2 * 8;
-        if (j > i || j <= i - window) s[n] = hidden;
+        if (j > i || j <= i - window || i >= len) s[n] = hidden;
     }
 }
 
@@ -176,11 +169,11 @@ inline cudaError_t check_device() {
 }
 
 // `cluster` CTAs to a cluster; the grid is a multiple of it.
-template <typename A>
-cudaError_t launch(void (*kernel)(A), size_t ctas, size_t shared_bytes, const A &a, cudaStream_t stream, int cluster = 1) {
+template <typename... A>
+cudaError_t launch(void (*kernel)(A...), size_t ctas, size_t shared_bytes, int cluster, cudaStream_t stream,
+                   const A &...args) {
     if (ctas > 0x7fffffff) return cudaErrorInvalidValue;
-    cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (status != cudaSuccess) return status;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -194,6 +187,6 @@ cudaError_t launch(void (*kernel)(A), size_t ctas, size_t shared_bytes, const A 
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = cluster > 1 ? 1 : 0;
-    status = cudaLaunchKernelEx(&config, kernel, a);
+    status = cudaLaunchKernelEx(&config, kernel, args...);
     return status == cudaSuccess ? cudaGetLastError() : status;
 }

@@ -6,136 +6,37 @@
 namespace {
 
 constexpr int COLS = 64; // keys of a tile for dq, queries of a tile for dk, dv
+constexpr int STAGES = 3;
 
 // Where fewer CTAs than this, about one for each SM of an H100, would compute dk and dv, each group is split.
 constexpr size_t SPLIT_BELOW = 160;
 
-// Of the tiles in shared memory. With three, a tile's last product may still run while the next tile's first ones start: the
-// copies that are then issued go where the tile before it was.
-constexpr int STAGES = 3;
-constexpr int SPLIT_STAGES = 2; // of dk, dv by a cluster: it lacks the registers for three
+struct Maps {
+    CUtensorMap qkv_rows, qkv_cols, do_rows, do_cols; // boxes of ROWS rows, of COLS
+};
 
-__host__ __device__ constexpr size_t dq_shared(int d, int stages) {
-    return ALIGNMENT + 2 * tile_bytes(ROWS, d) + 2 * stages * tile_bytes(COLS, d);
-}
-__host__ __device__ constexpr size_t dkv_shared(int d, int stages) { return dq_shared(d, stages) + 2 * stages * COLS * sizeof(float); }
-
-// delta (H, T) = sum over D of d_o * o. D / 8 lanes take a row.
-template <int D> __global__ void __launch_bounds__(THREADS) attention_delta_sm90_kernel(const AttentionBackward a) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    constexpr int LANES = D / 8;
-    const size_t row = (size_t(blockIdx.x) * THREADS + threadIdx.x) / LANES;
-    float sum = 0.0f;
-    if (row < size_t(a.t) * a.h) {
-        const size_t at = row * D + threadIdx.x % LANES * 8;
-        const Vec8<bf16> x = load_vec8(a.d_o + at), y = load_vec8(a.o + at);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sum = fmaf(to_f32(x.at[i]), to_f32(y.at[i]), sum);
-    }
-#pragma unroll
-    for (int d = LANES / 2; d > 0; d /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, d);
-    if (row < size_t(a.t) * a.h && threadIdx.x % LANES == 0) a.delta[row % a.h * a.t + row / a.h] = sum;
-#else
-    __trap();
-#endif
-}
-
-template <int D, int STAGES>
-__global__ void __launch_bounds__(THREADS, 1) attention_dq_sm90_kernel(const AttentionBackward a) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    constexpr int KEYS = COLS;
-    constexpr uint32_t TILE = tile_bytes(KEYS, D);
-    extern __shared__ uint8_t shared[];
-    const uint32_t q_tile = first_tile(shared_address(shared));
-    const uint32_t do_tile = q_tile + tile_bytes(ROWS, D);
-    const uint32_t k_tiles = do_tile + tile_bytes(ROWS, D), v_tiles = k_tiles + STAGES * TILE;
-
-    const int head = blockIdx.x % a.h;
-    const SequenceTile place = find_tile<ROWS>(a.cu_seqlens, a.b, blockIdx.x / a.h);
-    if (place.len == 0) return;
-    const int q0 = (ceil_div(place.len, ROWS) - 1 - place.tile) * ROWS;
-    const int begin = max(0, q0 - a.window + 1) / KEYS;
-    const int end = ceil_div(min(q0 + ROWS, place.len), KEYS);
-    const Inputs in = inputs_of<D>(a.qkv, place.start, head, a.h, a.g);
-    const size_t ld_o = size_t(a.h) * D;
-
-    const int lane = threadIdx.x % 32;
-    const int warp_row = q0 + threadIdx.x / 32 * 16;
-    const uint32_t own = threadIdx.x / 128 * (64 * 128);
-    const float c = a.scale * LOG2_E;
-
-    const auto load = [&](int stage, int j) {
-        load_tile<KEYS, D>(k_tiles + stage * TILE, in.k + j * KEYS * in.ld, in.ld, place.len - j * KEYS);
-        load_tile<KEYS, D>(v_tiles + stage * TILE, in.v + j * KEYS * in.ld, in.ld, place.len - j * KEYS);
-    };
-    load_tile<ROWS, D>(q_tile, in.q + q0 * in.ld, in.ld, place.len - q0);
-    load_tile<ROWS, D>(do_tile, a.d_o + (place.start + q0) * ld_o + head * D, ld_o, place.len - q0);
-    load(0, begin);
-    cp_async_commit();
-
-    float shift[2], delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + lane / 4 + 8 * half;
-        const size_t at = size_t(head) * a.t + place.start + row;
-        shift[half] = row < place.len ? a.lse[at] * LOG2_E : 0.0f;
-        delta[half] = row < place.len ? a.delta[at] : 0.0f;
-    }
-
-    float s[KEYS / 2] = {}, dp[KEYS / 2] = {}, dq[D / 2] = {};
-    int stage = 0, j = begin;
-    do { // at least once
-        const uint32_t k_tile = k_tiles + stage * TILE, v_tile = v_tiles + stage * TILE;
-        const int next = stage + 1 < STAGES ? stage + 1 : 0;
-        cp_async_wait<0>();
-        fence_for_wgmma();
-        __syncthreads();
-        pin(s);
-        pin(dp);
-        wgmma_fence();
-        product_nt<D>(s, q_tile + own, k_tile);
-        wgmma_commit();
-        product_nt<D>(dp, do_tile + own, v_tile);
-        wgmma_commit();
-        if (j + 1 < end) load(next, j + 1);
-        cp_async_commit();
-
-        wgmma_wait<1>();
-        pin(s);
-#pragma unroll
-        for (int n = 0; n < KEYS / 2; ++n) s[n] = exp2_fast(fmaf(s[n], c, -shift[n % 4 / 2]));
-        mask_keys(s, j * KEYS, warp_row, a.window, 0.0f);
-        wgmma_wait<0>();
-        pin(dp);
-#pragma unroll
-        for (int n = 0; n < KEYS / 2; ++n) dp[n] = s[n] * (dp[n] - delta[n % 4 / 2]);
-        uint32_t ds[KEYS / 16][4];
-        pack(ds, dp);
-        pin(dq);
-        wgmma_fence();
-        product_nn(dq, ds, k_tile);
-        wgmma_commit();
-        wgmma_wait<STAGES == 2 ? 0 : 1>();
-        stage = next;
-    } while (++j < end);
-    wgmma_wait<0>();
-    pin(dq);
-    __syncthreads(); // the other warpgroup may still read q
-    store_rows<D>(a.dqkv + (place.start + q0) * in.ld + head * D, in.ld, place.len - q0,
-                  shared + (q_tile - shared_address(shared)), dq, a.scale, a.scale);
-#else
-    __trap();
-#endif
+__host__ __device__ constexpr size_t backward_shared(int d) {
+    return ALIGNMENT + 2 * tile_bytes(ROWS, d) + 2 * STAGES * tile_bytes(COLS, d) + STAGES * 2 * COLS * 4 +
+           (1 + 2 * STAGES) * 8;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Arrives on the barrier, for this thread, when its cp.async before this are done.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
+    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
 
 // Rows of f32 sums that other CTAs read: eight words of padding put the rows of a warp's write in different banks.
 template <int D> constexpr uint32_t SUM_ROW_BYTES = (D + 8) * 4;
 
 // Lays a thread's share of 64 rows down as f32.
-template <int D> __device__ __forceinline__ void stage_sums(uint8_t *sums, const float (&d)[D / 2]) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+template <int D> __device__ __forceinline__ void stage_sums(uint8_t *sums, const float (&d)[D / 2], int warp) {
+    const int lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
     uint8_t *at = sums + row * SUM_ROW_BYTES<D> + lane % 4 * 8;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
@@ -149,7 +50,7 @@ template <int D>
 __device__ __forceinline__ void store_cluster_sums(bf16 *to, size_t ld, int valid, uint32_t sums, float factor) {
     constexpr int CHUNKS = D / 8;
     const uint32_t ctas = cluster_ctas();
-    for (int i = cluster_rank() * THREADS + threadIdx.x; i < ROWS * CHUNKS; i += ctas * THREADS) {
+    for (int i = cluster_rank() * 256 + threadIdx.x - 128; i < ROWS * CHUNKS; i += ctas * 256) {
         const int row = i / CHUNKS, chunk = i % CHUNKS;
         if (row >= valid) break;
         float x[8] = {};
@@ -174,10 +75,139 @@ __device__ __forceinline__ void store_cluster_sums(bf16 *to, size_t ld, int vali
 
 #endif // __CUDA_ARCH_FEAT_SM90_ALL
 
-// Rows of the products are keys here, so that probabilities come out transposed, as dv = pᵀ d_o and dk = dsᵀ q take them.
-// SPLIT: the CTAs of a cluster share the query heads of a group out among themselves, and add up what they found.
-template <int D, int STAGES, bool SPLIT>
-__global__ void __launch_bounds__(THREADS, 1) attention_dkv_sm90_kernel(const AttentionBackward a) {
+// delta (H, T) = sum over D of d_o * o. D / 8 lanes take a row.
+template <int D> __global__ void __launch_bounds__(THREADS) attention_delta_sm90_kernel(const AttentionBackward a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    constexpr int LANES = D / 8;
+    const size_t row = (size_t(blockIdx.x) * THREADS + threadIdx.x) / LANES;
+    float sum = 0.0f;
+    if (row < size_t(a.t) * a.h) {
+        const size_t at = row * D + threadIdx.x % LANES * 8;
+        const Vec8<bf16> x = load_vec8(a.d_o + at), y = load_vec8(a.o + at);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum = fmaf(to_f32(x.at[i]), to_f32(y.at[i]), sum);
+    }
+#pragma unroll
+    for (int d = LANES / 2; d > 0; d /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, d);
+    if (row < size_t(a.t) * a.h && threadIdx.x % LANES == 0) a.delta[row % a.h * a.t + row / a.h] = sum;
+#else
+    __trap();
+#endif
+}
+
+template <int D>
+__global__ void __launch_bounds__(THREADS, 1)
+attention_dq_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBackward a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    constexpr int KEYS = COLS;
+    constexpr uint32_t TILE = tile_bytes(KEYS, D);
+    extern __shared__ uint8_t shared[];
+    const uint32_t q_tile = first_tile(shared_address(shared));
+    const uint32_t do_tile = q_tile + tile_bytes(ROWS, D);
+    const uint32_t k_tiles = do_tile + tile_bytes(ROWS, D), v_tiles = k_tiles + STAGES * TILE;
+    const uint32_t rows_full = v_tiles + STAGES * TILE, full = rows_full + 8, empty = full + 8 * STAGES;
+
+    const int head = blockIdx.x % a.h, kv = head / (a.h / a.g);
+    const SequenceTile place = find_tile<ROWS>(a.cu_seqlens, a.b, blockIdx.x / a.h);
+    if (place.len == 0) return;
+    const int q0 = (ceil_div(place.len, ROWS) - 1 - place.tile) * ROWS; // the longest first
+    const int begin = max(0, q0 - a.window + 1) / KEYS;
+    const int end = ceil_div(min(q0 + ROWS, place.len), KEYS);
+
+    if (threadIdx.x == 0) {
+        barrier_init(rows_full, 1);
+        for (int s = 0; s < STAGES; ++s) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, 8);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    if (threadIdx.x < 128) {
+        registers_down<56>();
+        if (threadIdx.x == 0) {
+            barrier_expect(rows_full, 2 * tile_bytes(ROWS, D));
+            copy_tile<ROWS, D>(q_tile, &maps.qkv_rows, head * D, place.start + q0, rows_full);
+            copy_tile<ROWS, D>(do_tile, &maps.do_rows, head * D, place.start + q0, rows_full);
+            int stage = 0, parity = 0;
+            for (int j = begin; j < end; ++j) {
+                const uint32_t arrived = full + 8 * stage;
+                const int row = place.start + j * KEYS;
+                barrier_wait(empty + 8 * stage, parity ^ 1);
+                barrier_expect(arrived, 2 * TILE);
+                copy_tile<KEYS, D>(k_tiles + stage * TILE, &maps.qkv_cols, (a.h + kv) * D, row, arrived);
+                copy_tile<KEYS, D>(v_tiles + stage * TILE, &maps.qkv_cols, (a.h + a.g + kv) * D, row, arrived);
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+        }
+    } else {
+        registers_up<224>();
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
+        const int warp_row = q0 + warp * 16;
+        const uint32_t own = warp / 4 * (64 * 128);
+        const float c = a.scale * LOG2_E;
+        const bool tells = lane == 0; // for its warp
+
+        float shift[2], delta[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = warp_row + lane / 4 + 8 * half;
+            const size_t at = size_t(head) * a.t + place.start + row;
+            shift[half] = row < place.len ? a.lse[at] * LOG2_E : 0.0f;
+            delta[half] = row < place.len ? a.delta[at] : 0.0f;
+        }
+
+        float s[KEYS / 2] = {}, dp[KEYS / 2] = {}, dq[D / 2] = {};
+        int stage = 0, parity = 0, last = -1, j = begin;
+        barrier_wait(rows_full, 0);
+        do { // at least once
+            const uint32_t k_tile = k_tiles + stage * TILE, v_tile = v_tiles + stage * TILE;
+            barrier_wait(full + 8 * stage, parity);
+            pin(s);
+            pin(dp);
+            wgmma_fence();
+            product_nt<D>(s, q_tile + own, k_tile);
+            wgmma_commit();
+            product_nt<D>(dp, do_tile + own, v_tile);
+            wgmma_commit();
+
+            wgmma_wait<1>();
+            pin(s);
+            if (last >= 0 && tells) barrier_arrive(empty + 8 * last); // the last tile's product with k is done, too
+#pragma unroll
+            for (int n = 0; n < KEYS / 2; ++n) s[n] = exp2_fast(fmaf(s[n], c, -shift[n % 4 / 2]));
+            mask_keys(s, j * KEYS, warp_row, a.window, 0.0f);
+            wgmma_wait<0>();
+            pin(dp);
+#pragma unroll
+            for (int n = 0; n < KEYS / 2; ++n) dp[n] = s[n] * (dp[n] - delta[n % 4 / 2]);
+            uint32_t ds[KEYS / 16][4];
+            pack(ds, dp);
+            pin(dq);
+            wgmma_fence();
+            product_nn(dq, ds, k_tile);
+            wgmma_commit();
+            last = stage;
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        } while (++j < end);
+        wgmma_wait<0>();
+        pin(dq);
+        named_sync(1 + warp / 4, 128); // all of the warpgroup's products have read q
+        const size_t ld = size_t(a.h + 2 * a.g) * D;
+        store_rows<D>(a.dqkv + (place.start + q0) * ld + head * D, ld, place.len - q0,
+                      shared + (q_tile - shared_address(shared)), dq, a.scale, a.scale, warp);
+    }
+#else
+    __trap();
+#endif
+}
+
+// Rows of the products are keys here, so that probabilities come out transposed, as dv = pᵀ d_o and dk = dsᵀ q take
+// them. SPLIT: the CTAs of a cluster share the query heads of a group out among themselves, and add up what they found.
+template <int D, bool SPLIT>
+__global__ void __launch_bounds__(THREADS, 1)
+attention_dkv_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBackward a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr int QUERIES = COLS;
     constexpr uint32_t TILE = tile_bytes(QUERIES, D);
@@ -186,47 +216,84 @@ __global__ void __launch_bounds__(THREADS, 1) attention_dkv_sm90_kernel(const At
     const uint32_t v_tile = k_tile + tile_bytes(ROWS, D);
     const uint32_t q_tiles = v_tile + tile_bytes(ROWS, D), do_tiles = q_tiles + STAGES * TILE;
     const uint32_t row_values = do_tiles + STAGES * TILE; // a stage: lse, then delta
+    const uint32_t rows_full = row_values + STAGES * 2 * QUERIES * 4, full = rows_full + 8, empty = full + 8 * STAGES;
 
     const int ctas = SPLIT ? cluster_ctas() : 1, rank = SPLIT ? cluster_rank() : 0, unit = blockIdx.x / ctas;
     const int kv = unit % a.g, group = a.h / a.g;
-    const int first_of = group / ctas * rank, last_of = group / ctas * (rank + 1) - 1; // of the group's heads
+    const int first_head = kv * group + group / ctas * rank, last_head = first_head + group / ctas - 1;
     const SequenceTile place = find_tile<ROWS>(a.cu_seqlens, a.b, unit / a.g);
     if (place.len == 0) return;
     const int k0 = place.tile * ROWS; // the first keys are seen by most queries
     const int begin = k0 / QUERIES;
     const int end = ceil_div(min(place.len, k0 + ROWS - 1 + a.window), QUERIES);
-    const Inputs in = inputs_of<D>(a.qkv, place.start, kv * group, a.h, a.g);
-    const size_t ld_o = size_t(a.h) * D;
 
-    const int lane = threadIdx.x % 32;
-    const int warp_row = k0 + threadIdx.x / 32 * 16;
-    const uint32_t own = threadIdx.x / 128 * (64 * 128);
-    const float c = a.scale * LOG2_E;
-
-    // Tile `tile` of the group's query head `of`.
-    const auto load = [&](int stage, int of, int tile) {
-        const int q0 = tile * QUERIES, valid = place.len - q0, head = kv * group + of;
-        load_tile<QUERIES, D>(q_tiles + stage * TILE, in.q + q0 * in.ld + of * D, in.ld, valid);
-        load_tile<QUERIES, D>(do_tiles + stage * TILE, a.d_o + (place.start + q0) * ld_o + head * D, ld_o, valid);
-        const int i = threadIdx.x % QUERIES;
-        if (threadIdx.x < 2 * QUERIES) {
-            const float *from = (threadIdx.x < QUERIES ? a.lse : a.delta) + size_t(head) * a.t + place.start + q0 + i;
-            cp_async4(row_values + (stage * 2 * QUERIES + threadIdx.x) * 4, from, i < valid);
+    if (threadIdx.x == 0) {
+        barrier_init(rows_full, 1);
+        for (int s = 0; s < STAGES; ++s) {
+            barrier_init(full + 8 * s, 33); // a warp's lse and delta, and the copies of its first thread
+            barrier_init(empty + 8 * s, 8);
         }
-    };
-    load_tile<ROWS, D>(k_tile, in.k + k0 * in.ld, in.ld, place.len - k0);
-    load_tile<ROWS, D>(v_tile, in.v + k0 * in.ld, in.ld, place.len - k0);
-    load(0, first_of, begin);
-    cp_async_commit();
+        barrier_init_fence();
+    }
+    __syncthreads();
 
-    float s[QUERIES / 2] = {}, dp[QUERIES / 2] = {}, dk[D / 2] = {}, dv[D / 2] = {};
-    int stage = 0;
-    for (int of = first_of; of <= last_of; ++of) {
-        for (int tile = begin; tile < end; ++tile) {
+    const size_t ld = size_t(a.h + 2 * a.g) * D;
+    bf16 *row0 = a.dqkv + (place.start + k0) * ld + kv * D;
+    uint8_t *tiles = shared + (k_tile - shared_address(shared));
+    constexpr uint32_t SUM_BYTES = ROWS * SUM_ROW_BYTES<D>;
+    static_assert(ALIGNMENT + 2 * SUM_BYTES <= backward_shared(D), "both fit where the tiles were");
+    if (threadIdx.x < 128) {
+        registers_down<56>();
+        if (threadIdx.x < 32) {
+            if (threadIdx.x == 0) {
+                barrier_expect(rows_full, 2 * tile_bytes(ROWS, D));
+                copy_tile<ROWS, D>(k_tile, &maps.qkv_rows, (a.h + kv) * D, place.start + k0, rows_full);
+                copy_tile<ROWS, D>(v_tile, &maps.qkv_rows, (a.h + a.g + kv) * D, place.start + k0, rows_full);
+            }
+            int stage = 0, parity = 0;
+            for (int head = first_head; head <= last_head; ++head)
+                for (int tile = begin; tile < end; ++tile) {
+                    const int row = tile * QUERIES;
+                    const uint32_t arrived = full + 8 * stage;
+                    barrier_wait(empty + 8 * stage, parity ^ 1);
+                    if (threadIdx.x == 0) {
+                        barrier_expect(arrived, 2 * TILE);
+                        const int at = place.start + row;
+                        copy_tile<QUERIES, D>(q_tiles + stage * TILE, &maps.qkv_cols, head * D, at, arrived);
+                        copy_tile<QUERIES, D>(do_tiles + stage * TILE, &maps.do_cols, head * D, at, arrived);
+                    }
+                    __syncwarp();
+#pragma unroll
+                    for (int i = threadIdx.x; i < QUERIES; i += 32) {
+                        const size_t at = size_t(head) * a.t + place.start + row + i;
+                        const uint32_t to = row_values + (stage * 2 * QUERIES + i) * 4;
+                        cp_async4(to, a.lse + at, row + i < place.len);
+                        cp_async4(to + QUERIES * 4, a.delta + at, row + i < place.len);
+                    }
+                    cp_async_arrive(arrived);
+                    if (++stage == STAGES) stage = 0, parity ^= 1;
+                }
+        }
+        if (SPLIT) {
+            __syncwarp();
+            cluster_sync();
+            cluster_sync();
+        }
+    } else {
+        registers_up<224>();
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
+        const int warp_row = k0 + warp * 16;
+        const uint32_t own = warp / 4 * (64 * 128);
+        const float c = a.scale * LOG2_E;
+        const bool tells = lane == 0; // for its warp
+
+        float s[QUERIES / 2] = {}, dp[QUERIES / 2] = {}, dk[D / 2] = {}, dv[D / 2] = {};
+        int stage = 0, parity = 0, last = -1;
+        int tile = begin, left = (end - begin) * (last_head - first_head + 1);
+        barrier_wait(rows_full, 0);
+        do { // at least once
             const uint32_t q_tile = q_tiles + stage * TILE, do_tile = do_tiles + stage * TILE;
-            cp_async_wait<0>();
-            fence_for_wgmma();
-            __syncthreads();
+            barrier_wait(full + 8 * stage, parity);
             pin(s);
             pin(dp);
             wgmma_fence();
@@ -234,17 +301,13 @@ __global__ void __launch_bounds__(THREADS, 1) attention_dkv_sm90_kernel(const At
             wgmma_commit();
             product_nt<D>(dp, v_tile + own, do_tile);
             wgmma_commit();
-            const int next = stage + 1 < STAGES ? stage + 1 : 0;
-            if (tile + 1 < end) load(next, of, tile + 1);
-            else if (of < last_of) load(next, of + 1, begin);
-            cp_async_commit();
 
-            // Rows behind the end of the sequence are zeros in q, d_o, lse and delta: they add nothing.
             const float2 *lse = reinterpret_cast<const float2 *>(shared + (row_values - shared_address(shared))) +
                                 stage * QUERIES + lane % 4;
             const float2 *delta = lse + QUERIES / 2;
             wgmma_wait<1>();
             pin(s);
+            if (last >= 0 && tells) barrier_arrive(empty + 8 * last); // the last tile's product with q is done, too
 #pragma unroll
             for (int n = 0; n < QUERIES / 8; ++n) {
                 const float2 x = lse[4 * n];
@@ -254,7 +317,7 @@ __global__ void __launch_bounds__(THREADS, 1) attention_dkv_sm90_kernel(const At
                 s[4 * n + 2] = exp2_fast(fmaf(s[4 * n + 2], c, -shift0));
                 s[4 * n + 3] = exp2_fast(fmaf(s[4 * n + 3], c, -shift1));
             }
-            mask_queries(s, tile * QUERIES, warp_row, a.window, 0.0f);
+            mask_queries(s, tile * QUERIES, warp_row, a.window, place.len, 0.0f);
             uint32_t p[QUERIES / 16][4];
             pack(p, s);
             pin(dv);
@@ -267,10 +330,12 @@ __global__ void __launch_bounds__(THREADS, 1) attention_dkv_sm90_kernel(const At
 #pragma unroll
             for (int n = 0; n < QUERIES / 8; ++n) {
                 const float2 x = delta[4 * n];
-                dp[4 * n] = s[4 * n] * (dp[4 * n] - x.x);
-                dp[4 * n + 1] = s[4 * n + 1] * (dp[4 * n + 1] - x.y);
-                dp[4 * n + 2] = s[4 * n + 2] * (dp[4 * n + 2] - x.x);
-                dp[4 * n + 3] = s[4 * n + 3] * (dp[4 * n + 3] - x.y);
+                // p as it was rounded: its f32 would take registers that there are not.
+                const float2 p0 = unpack_bf16(p[n / 2][n % 2 * 2]), p8 = unpack_bf16(p[n / 2][n % 2 * 2 + 1]);
+                dp[4 * n] = p0.x * (dp[4 * n] - x.x);
+                dp[4 * n + 1] = p0.y * (dp[4 * n + 1] - x.y);
+                dp[4 * n + 2] = p8.x * (dp[4 * n + 2] - x.x);
+                dp[4 * n + 3] = p8.y * (dp[4 * n + 3] - x.y);
             }
             uint32_t ds[QUERIES / 16][4];
             pack(ds, dp);
@@ -278,32 +343,41 @@ __global__ void __launch_bounds__(THREADS, 1) attention_dkv_sm90_kernel(const At
             wgmma_fence();
             product_nn(dk, ds, q_tile);
             wgmma_commit();
-            wgmma_wait<STAGES == 2 ? 0 : 1>(); // dv, which frees the registers of p
-            stage = next;
+            wgmma_wait<0>();
+            last = stage;
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+            if (++tile == end) tile = begin;
+        } while (--left > 0);
+        wgmma_wait<0>();
+        pin(dk);
+        pin(dv);
+        if (SPLIT) {
+            named_sync(1, 256); // the sums lie where both warpgroups' tiles were
+            stage_sums<D>(tiles, dk, warp);
+            stage_sums<D>(tiles + SUM_BYTES, dv, warp);
+            cluster_sync();
+            store_cluster_sums<D>(row0 + a.h * D, ld, place.len - k0, k_tile, a.scale);
+            store_cluster_sums<D>(row0 + (a.h + a.g) * D, ld, place.len - k0, k_tile + SUM_BYTES, 1.0f);
+            cluster_sync(); // a CTA must not be gone while others read from it
+        } else {
+            named_sync(1 + warp / 4, 128); // all of the warpgroup's products have read k and v
+            store_rows<D>(row0 + a.h * D, ld, place.len - k0, tiles, dk, a.scale, a.scale, warp);
+            store_rows<D>(row0 + (a.h + a.g) * D, ld, place.len - k0, tiles + tile_bytes(ROWS, D), dv, 1.0f, 1.0f,
+                          warp);
         }
     }
-    wgmma_wait<0>();
-    pin(dk);
-    pin(dv);
-    __syncthreads(); // the other warpgroup may still read k and v
-    bf16 *row0 = a.dqkv + (place.start + k0) * in.ld + kv * D;
-    uint8_t *tiles = shared + (k_tile - shared_address(shared));
-    if (SPLIT) {
-        constexpr uint32_t SUM_BYTES = ROWS * SUM_ROW_BYTES<D>;
-        static_assert(ALIGNMENT + 2 * SUM_BYTES <= dkv_shared(D, ::STAGES), "both fit where the tiles were");
-        stage_sums<D>(tiles, dk);
-        stage_sums<D>(tiles + SUM_BYTES, dv);
-        cluster_sync();
-        store_cluster_sums<D>(row0 + a.h * D, in.ld, place.len - k0, k_tile, a.scale);
-        store_cluster_sums<D>(row0 + (a.h + a.g) * D, in.ld, place.len - k0, k_tile + SUM_BYTES, 1.0f);
-        cluster_sync(); // a CTA must not be gone while others read from it
-        return;
-    }
-    store_rows<D>(row0 + a.h * D, in.ld, place.len - k0, tiles, dk, a.scale, a.scale);
-    store_rows<D>(row0 + (a.h + a.g) * D, in.ld, place.len - k0, tiles + tile_bytes(ROWS, D), dv, 1.0f, 1.0f);
 #else
     __trap();
 #endif
+}
+
+template <int D> cudaError_t maps_of(const AttentionBackward &a, Maps &maps) {
+    const int columns = (a.h + 2 * a.g) * D;
+    cudaError_t status = tensor_map(&maps.qkv_rows, a.qkv, a.t, columns, columns, ROWS);
+    if (status == cudaSuccess) status = tensor_map(&maps.qkv_cols, a.qkv, a.t, columns, columns, COLS);
+    if (status == cudaSuccess) status = tensor_map(&maps.do_rows, a.d_o, a.t, a.h * D, a.h * D, ROWS);
+    if (status == cudaSuccess) status = tensor_map(&maps.do_cols, a.d_o, a.t, a.h * D, a.h * D, COLS);
+    return status;
 }
 
 // CTAs that share a group of query heads out: as many as divide it, up to the 8 that any cluster may have.
@@ -313,21 +387,22 @@ int split_of(int group) {
     return ctas;
 }
 
-template <int D> cudaError_t launch_dkv(const AttentionBackward &a, bool split, cudaStream_t stream) {
+template <int D> cudaError_t launch_dkv(const AttentionBackward &a, const Maps &maps, bool split, cudaStream_t stream) {
     const size_t units = size_t(attention_max_tiles(a.t, a.b, ROWS)) * a.g;
-    const int ctas = split_of(a.h / a.g);
-    if (split && ctas > 1)
-        return launch(attention_dkv_sm90_kernel<D, SPLIT_STAGES, true>, units * ctas, dkv_shared(D, STAGES), a, stream, ctas);
-    return launch(attention_dkv_sm90_kernel<D, STAGES, false>, units, dkv_shared(D, STAGES), a, stream);
+    const int ctas = split ? split_of(a.h / a.g) : 1;
+    const auto kernel = ctas > 1 ? attention_dkv_sm90_kernel<D, true> : attention_dkv_sm90_kernel<D, false>;
+    return launch(kernel, units * ctas, backward_shared(D), ctas, stream, maps, a);
 }
 
 template <int D> cudaError_t backward(const AttentionBackward &a, cudaStream_t stream) {
     const size_t tiles = attention_max_tiles(a.t, a.b, ROWS), rows = size_t(a.t) * a.h;
-    cudaError_t status =
-        launch(attention_delta_sm90_kernel<D>, ceil_div<size_t>(rows * (D / 8), THREADS), 0, a, stream);
-    if (status == cudaSuccess) status = launch_dkv<D>(a, tiles * a.g < SPLIT_BELOW, stream);
+    Maps maps;
+    cudaError_t status = maps_of<D>(a, maps);
     if (status == cudaSuccess)
-        status = launch(attention_dq_sm90_kernel<D, STAGES>, tiles * a.h, dq_shared(D, STAGES), a, stream);
+        status = launch(attention_delta_sm90_kernel<D>, ceil_div<size_t>(rows * (D / 8), THREADS), 0, 1, stream, a);
+    if (status == cudaSuccess) status = launch_dkv<D>(a, maps, tiles * a.g < SPLIT_BELOW, stream);
+    if (status == cudaSuccess)
+        status = launch(attention_dq_sm90_kernel<D>, tiles * a.h, backward_shared(D), 1, stream, maps, a);
     return status;
 }
 
@@ -336,8 +411,8 @@ template <int D> cudaError_t backward(const AttentionBackward &a, cudaStream_t s
 // attention_forward_sm90, attention_backward_sm90    as attention_forward and attention_backward of attention.cu, for
 // d = 64 or 128 on a Hopper card. No atomics: the same bits in every run.
 //
-// Products: 4 T² H D / 2 operations forward, 3.5 times as many backward (scores and dp are computed for dq and again for
-// dk, dv).
+// Products: 4 T² H D / 2 operations forward, 3.5 times as many backward (scores and dp are computed for dq and again
+// for dk, dv).
 HALFBYTE_API cudaError_t attention_backward_sm90(const AttentionBackward *args, cudaStream_t stream) {
     const AttentionBackward &a = *args;
     if (a.t == 0) return cudaSuccess;
