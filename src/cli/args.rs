@@ -3,7 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use halfbyte::memory::MAX_TOKENS;
+use halfbyte::model::ModelConfig;
+use halfbyte::model::shapes::{SHAPES, shape};
 use halfbyte::{Error, Result};
+
+use super::output::grouped;
 
 /// `--device` and `--threads`.
 #[derive(Args, Clone, Debug)]
@@ -156,4 +161,23 @@ fn entries(dir: &Path) -> Result<Vec<std::ffi::OsString>> {
 
 fn is_empty(dir: &Path) -> Result<bool> {
     Ok(entries(dir)?.is_empty())
+}
+
+/// The tokens of `batch` rows of `length`. Errors name `flag`: more than any card will see.
+pub fn micro_batch(flag: &str, batch: usize, length: usize) -> Result<usize> {
+    batch.checked_mul(length).filter(|&t| t <= MAX_TOKENS).ok_or_else(|| {
+        let found = format!("{batch} × {length} tokens");
+        Error::flag(flag, found, format!("at most {} tokens in a micro-batch", grouped(MAX_TOKENS as u64)))
+    })
+}
+
+/// Of flags that count things.
+pub fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
+}
+
+/// The configuration of a well-known model.
+pub fn named_shape(name: &str) -> Result<ModelConfig> {
+    let unknown = || Error::flag("--shape", format!("{name:?}"), format!("one of {}", SHAPES.join(", ")));
+    shape(name).ok_or_else(unknown)
 }

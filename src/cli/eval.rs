@@ -11,7 +11,7 @@ use halfbyte::train::eval::EvalResult;
 use halfbyte::{Result, memory, train};
 use serde_json::json;
 
-use super::args::{DeviceArgs, QuantizeArgs};
+use super::args::{DeviceArgs, QuantizeArgs, at_least_one};
 use super::load::{self, Room, with_backend};
 use super::output::{self, Out, note, put};
 use super::progress::{Progress, Unit};
@@ -85,10 +85,6 @@ impl From<OverlongArg> for Overlong {
             OverlongArg::Split => Self::Split,
         }
     }
-}
-
-fn at_least_one(text: &str) -> std::result::Result<usize, String> {
-    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
 }
 
 pub fn run(args: EvalArgs) -> Result<()> {

@@ -6,13 +6,13 @@ use clap::Args;
 use halfbyte::backend::Item;
 use halfbyte::checkpoint::{ModelDir, QuantConfig};
 use halfbyte::memory::{self, CARDS, Card, Mode, Plan, Request};
-use halfbyte::model::shapes::{self, Format, SHAPES};
+use halfbyte::model::shapes::Format;
 use halfbyte::model::{AdapterLayout, HostAdapter, LoraConfig, ModelConfig, TargetModules};
 use halfbyte::train::config::TrainConfig;
 use halfbyte::{Error, Result};
 use serde_json::{Value, json};
 
-use super::args::BnbArgs;
+use super::args::{BnbArgs, at_least_one, micro_batch, named_shape};
 use super::output::{self, Out, put};
 
 #[derive(Args, Debug)]
@@ -86,13 +86,6 @@ pub struct PlanArgs {
     json: bool,
 }
 
-fn at_least_one(text: &str) -> std::result::Result<usize, String> {
-    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
-}
-
-/// More tokens in a micro-batch than any card will see.
-const MAX_TOKENS: usize = 1 << 22;
-
 pub fn run(args: PlanArgs) -> Result<()> {
     let quantize = args.load_in_4bit.then(|| args.bnb.config());
     let dir = args.model.as_deref().map(ModelDir::open).transpose()?;
@@ -106,14 +99,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
         None => format_of_shape(name, quantize),
     };
     let (card, budget) = card(&args)?;
-    let tokens = args.batch.checked_mul(args.max_length).filter(|&t| t <= MAX_TOKENS).ok_or_else(|| {
-        let found = format!("{} × {} tokens", args.batch, args.max_length);
-        Error::flag(
-            "--max-length",
-            found,
-            format!("at most {} tokens in a micro-batch", output::grouped(MAX_TOKENS as u64)),
-        )
-    })?;
+    let tokens = micro_batch("--max-length", args.batch, args.max_length)?;
     let adapter = adapter(&args, &config)?;
     let request = Request {
         config: &config,
@@ -170,11 +156,6 @@ pub fn run(args: PlanArgs) -> Result<()> {
         None => put!(out, "largest batch of this length: none fits")?,
     }
     out.flush()
-}
-
-fn named_shape(name: &str) -> Result<ModelConfig> {
-    let wrong = || Error::flag("--shape", format!("{name:?}"), format!("one of {}", SHAPES.join(", ")));
-    shapes::shape(name).ok_or_else(wrong)
 }
 
 fn format_of_shape(name: &str, quantize: Option<QuantConfig>) -> Format {

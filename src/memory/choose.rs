@@ -46,7 +46,7 @@ impl Mode {
 const MEASURED: usize = 48;
 const ENOUGH: usize = 10;
 /// The longest row and the largest batch that are looked for.
-const MOST: usize = 1 << 22;
+pub const MAX_TOKENS: usize = 1 << 22;
 
 /// How many layers keep what, from the bottom: the rest of the layers keep their input alone.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -278,7 +278,7 @@ fn largest(step: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<u
         return Ok(None);
     }
     let (mut good, mut bad) = (1, 2);
-    while bad * step <= MOST && fits(bad * step)? {
+    while bad * step <= MAX_TOKENS && fits(bad * step)? {
         (good, bad) = (bad, 2 * bad);
     }
     while bad - good > 1 {
@@ -296,7 +296,7 @@ pub fn largest_length(of: &Request, batch: usize) -> Result<Option<usize>> {
 /// The most rows of `length` tokens that fit; None: not even one.
 pub fn largest_batch(of: &Request, length: usize) -> Result<Option<usize>> {
     largest(1, |batch| {
-        Ok(batch * length <= MOST && anything_fits(&Request { tokens: batch * length, sequences: batch, ..*of })?)
+        Ok(batch * length <= MAX_TOKENS && anything_fits(&Request { tokens: batch * length, sequences: batch, ..*of })?)
     })
 }
 

@@ -13,7 +13,7 @@ pub mod size;
 mod tests;
 
 pub use card::{CARDS, Card};
-pub use choose::{Mode, default_budget, item_name, largest_batch, largest_length, plan, too_large};
+pub use choose::{MAX_TOKENS, Mode, default_budget, item_name, largest_batch, largest_length, plan, too_large};
 pub use meter::{Meter, Work};
 pub use plan::{Plan, Request, describe_layers, forward_bytes, measure};
 pub use size::{parse_size, size};

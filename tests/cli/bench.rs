@@ -30,6 +30,9 @@ fn decoding_gives_tokens_a_second() {
 fn what_cannot_be_timed_is_refused() {
     halfbyte(["bench", "step", "--shape", "gpt-9"]).fails(2, &["--shape", "gpt-9", "mistral-7b"]);
     halfbyte(["bench", "step", "--length", "0"]).fails(2, &["--length"]);
+    halfbyte(["bench", "step", "--batch", "100000000", "--length", "100000000"]).fails(2, &["--length", "at most"]);
+    halfbyte(["bench", "decode", "--past", "9999999999999"]).fails(2, &["--past", "at most"]);
+    halfbyte(["bench", "step", "--csv", "/nonexistent/a.csv"]).fails(1, &["/nonexistent/a.csv", "cannot open"]);
     halfbyte(["bench", "step", "--shape", "tiny", "--lora-dropout", "1.5"]).fails(2, &["--lora-dropout", "below 1"]);
     halfbyte(["bench", "step", "--shape", "tiny", "--optim", "sgd"]).fails(2, &["optim", "sgd"]);
 }

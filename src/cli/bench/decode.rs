@@ -3,17 +3,17 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use halfbyte::Result;
 use halfbyte::backend::Backend;
 use halfbyte::bench::decode::{self, CHUNK};
 use halfbyte::memory;
 use halfbyte::model::shapes::{self, Format};
 use halfbyte::model::{HostAdapter, ModelConfig};
-use halfbyte::{Error, Result};
 use serde_json::json;
 
 use super::step::random_adapter;
-use super::{append, at_least_one};
-use crate::cli::args::DeviceArgs;
+use super::{append, can_append};
+use crate::cli::args::{DeviceArgs, at_least_one, micro_batch, named_shape};
 use crate::cli::load::with_backend;
 use crate::cli::output::{Out, put};
 use crate::cli::progress::{Progress, Unit};
@@ -54,9 +54,9 @@ pub struct DecodeArgs {
 }
 
 pub fn run(args: &DecodeArgs) -> Result<()> {
-    let config = shapes::shape(&args.shape).ok_or_else(|| {
-        Error::flag("--shape", format!("{:?}", args.shape), format!("one of {}", shapes::SHAPES.join(", ")))
-    })?;
+    micro_batch("--past", 1, args.past.saturating_add(args.tokens))?;
+    can_append(args.csv.as_deref())?;
+    let config = named_shape(&args.shape)?;
     let adapter = random_adapter(&config, args.r, 0.0)?;
     let mut picked = args.device.backend()?;
     let (name, seconds) = with_backend!(&mut picked, |b| (b.describe(), measure(b, &config, &adapter, args)?));

@@ -13,8 +13,8 @@ use halfbyte::train::TrainConfig;
 use halfbyte::{Error, Result};
 use serde_json::{Value, json};
 
-use super::{append, at_least_one};
-use crate::cli::args::DeviceArgs;
+use super::{append, can_append};
+use crate::cli::args::{DeviceArgs, at_least_one, micro_batch, named_shape};
 use crate::cli::info::meminfo;
 use crate::cli::load::{Picked, with_backend};
 use crate::cli::output::{Out, put};
@@ -93,9 +93,9 @@ pub fn run(args: &StepArgs) -> Result<()> {
     if !(0.0..1.0).contains(&args.lora_dropout) {
         return Err(Error::flag("--lora-dropout", args.lora_dropout.to_string(), "a number from 0 to below 1"));
     }
-    let config = shapes::shape(&args.shape).ok_or_else(|| {
-        Error::flag("--shape", format!("{:?}", args.shape), format!("one of {}", shapes::SHAPES.join(", ")))
-    })?;
+    micro_batch("--length", args.batch, args.length)?;
+    can_append(args.csv.as_deref())?;
+    let config = named_shape(&args.shape)?;
     let mut picked = args.device.backend()?;
     let free = with_backend!(&mut picked, |b| b.free_memory())?;
     let machine = machine(&mut picked, args, &config)?;
