@@ -4,6 +4,10 @@
 // other side in order. One warpgroup copies (TMA), two multiply, 64 of the rows each. A stage of tiles goes back and
 // forth between them by two mbarriers, full and empty; the two that multiply do not wait for each other. Probabilities
 // never leave registers: they come out of one product as sums and go into the next as its A operand.
+//
+// The last tile of a sequence holds rows of the next one. They count with a probability of exactly 0, so any finite
+// values there change nothing; but 0 times NaN or infinity is NaN, so a sequence with such values spoils the one before
+// it, too. (A training step with a NaN anywhere ends in an error.)
 #pragma once
 
 #include "attention.cuh"
@@ -27,11 +31,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-__device__ __forceinline__ void cp_async4(uint32_t to_shared, const void *from, bool valid) {
-    const int bytes = valid ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to_shared), "l"(from), "r"(bytes) : "memory");
 }
 
 // Copies R rows of a head into a tile, by one thread; the bytes count on `barrier`. Rows behind the end of a sequence

@@ -15,17 +15,15 @@ struct Maps {
     CUtensorMap qkv_rows, qkv_cols, do_rows, do_cols; // boxes of ROWS rows, of COLS
 };
 
+// A warp's own lse and delta of a tile of queries, twice: those in use, those of the next tile.
+constexpr uint32_t WARP_VALUES = 2 * 2 * COLS;
+
 __host__ __device__ constexpr size_t backward_shared(int d) {
-    return ALIGNMENT + 2 * tile_bytes(ROWS, d) + 2 * STAGES * tile_bytes(COLS, d) + STAGES * 2 * COLS * 4 +
+    return ALIGNMENT + 2 * tile_bytes(ROWS, d) + 2 * STAGES * tile_bytes(COLS, d) + 8 * WARP_VALUES * 4 +
            (1 + 2 * STAGES) * 8;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// Arrives on the barrier, for this thread, when its cp.async before this are done.
-__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
-}
 
 __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
     return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
@@ -215,8 +213,8 @@ attention_dkv_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBack
     const uint32_t k_tile = first_tile(shared_address(shared));
     const uint32_t v_tile = k_tile + tile_bytes(ROWS, D);
     const uint32_t q_tiles = v_tile + tile_bytes(ROWS, D), do_tiles = q_tiles + STAGES * TILE;
-    const uint32_t row_values = do_tiles + STAGES * TILE; // a stage: lse, then delta
-    const uint32_t rows_full = row_values + STAGES * 2 * QUERIES * 4, full = rows_full + 8, empty = full + 8 * STAGES;
+    const uint32_t values = do_tiles + STAGES * TILE; // WARP_VALUES of each warp that multiplies
+    const uint32_t rows_full = values + 8 * WARP_VALUES * 4, full = rows_full + 8, empty = full + 8 * STAGES;
 
     const int ctas = SPLIT ? cluster_ctas() : 1, rank = SPLIT ? cluster_rank() : 0, unit = blockIdx.x / ctas;
     const int kv = unit % a.g, group = a.h / a.g;
@@ -230,7 +228,7 @@ attention_dkv_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBack
     if (threadIdx.x == 0) {
         barrier_init(rows_full, 1);
         for (int s = 0; s < STAGES; ++s) {
-            barrier_init(full + 8 * s, 33); // a warp's lse and delta, and the copies of its first thread
+            barrier_init(full + 8 * s, 1);
             barrier_init(empty + 8 * s, 8);
         }
         barrier_init_fence();
@@ -243,34 +241,20 @@ attention_dkv_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBack
     constexpr uint32_t SUM_BYTES = ROWS * SUM_ROW_BYTES<D>;
     static_assert(ALIGNMENT + 2 * SUM_BYTES <= backward_shared(D), "both fit where the tiles were");
     if (threadIdx.x < 128) {
-        registers_down<56>();
-        if (threadIdx.x < 32) {
-            if (threadIdx.x == 0) {
-                barrier_expect(rows_full, 2 * tile_bytes(ROWS, D));
-                copy_tile<ROWS, D>(k_tile, &maps.qkv_rows, (a.h + kv) * D, place.start + k0, rows_full);
-                copy_tile<ROWS, D>(v_tile, &maps.qkv_rows, (a.h + a.g + kv) * D, place.start + k0, rows_full);
-            }
+        registers_down<40>();
+        if (threadIdx.x == 0) {
+            barrier_expect(rows_full, 2 * tile_bytes(ROWS, D));
+            copy_tile<ROWS, D>(k_tile, &maps.qkv_rows, (a.h + kv) * D, place.start + k0, rows_full);
+            copy_tile<ROWS, D>(v_tile, &maps.qkv_rows, (a.h + a.g + kv) * D, place.start + k0, rows_full);
             int stage = 0, parity = 0;
             for (int head = first_head; head <= last_head; ++head)
                 for (int tile = begin; tile < end; ++tile) {
-                    const int row = tile * QUERIES;
                     const uint32_t arrived = full + 8 * stage;
+                    const int row = place.start + tile * QUERIES;
                     barrier_wait(empty + 8 * stage, parity ^ 1);
-                    if (threadIdx.x == 0) {
-                        barrier_expect(arrived, 2 * TILE);
-                        const int at = place.start + row;
-                        copy_tile<QUERIES, D>(q_tiles + stage * TILE, &maps.qkv_cols, head * D, at, arrived);
-                        copy_tile<QUERIES, D>(do_tiles + stage * TILE, &maps.do_cols, head * D, at, arrived);
-                    }
-                    __syncwarp();
-#pragma unroll
-                    for (int i = threadIdx.x; i < QUERIES; i += 32) {
-                        const size_t at = size_t(head) * a.t + place.start + row + i;
-                        const uint32_t to = row_values + (stage * 2 * QUERIES + i) * 4;
-                        cp_async4(to, a.lse + at, row + i < place.len);
-                        cp_async4(to + QUERIES * 4, a.delta + at, row + i < place.len);
-                    }
-                    cp_async_arrive(arrived);
+                    barrier_expect(arrived, 2 * TILE);
+                    copy_tile<QUERIES, D>(q_tiles + stage * TILE, &maps.qkv_cols, head * D, row, arrived);
+                    copy_tile<QUERIES, D>(do_tiles + stage * TILE, &maps.do_cols, head * D, row, arrived);
                     if (++stage == STAGES) stage = 0, parity ^= 1;
                 }
         }
@@ -280,7 +264,7 @@ attention_dkv_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBack
             cluster_sync();
         }
     } else {
-        registers_up<224>();
+        registers_up<232>();
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
         const int warp_row = k0 + warp * 16;
         const uint32_t own = warp / 4 * (64 * 128);
@@ -289,7 +273,31 @@ attention_dkv_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBack
 
         float s[QUERIES / 2] = {}, dp[QUERIES / 2] = {}, dk[D / 2] = {}, dv[D / 2] = {};
         int stage = 0, parity = 0, last = -1;
-        int tile = begin, left = (end - begin) * (last_head - first_head + 1);
+        int head = first_head, tile = begin, left = (end - begin) * (last_head - first_head + 1);
+
+        // A lane fetches lse and delta of two queries one tile ahead; its warp alone reads what it lays down.
+        float *own_values = reinterpret_cast<float *>(shared + (values - shared_address(shared))) + warp * WARP_VALUES;
+        float fetched[4];
+        const auto fetch = [&] {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int row = tile * QUERIES + i * 32 + lane;
+                const size_t at = size_t(head) * a.t + place.start + row;
+                fetched[i] = row < place.len ? a.lse[at] : 0.0f;
+                fetched[2 + i] = row < place.len ? a.delta[at] : 0.0f;
+            }
+        };
+        const auto lay_down = [&](int half) {
+            float *to = own_values + half * 2 * QUERIES + lane;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                to[i * 32] = fetched[i] * LOG2_E;
+                to[QUERIES + i * 32] = fetched[2 + i];
+            }
+            __syncwarp();
+        };
+        fetch();
+        lay_down(left % 2);
         barrier_wait(rows_full, 0);
         do { // at least once
             const uint32_t q_tile = q_tiles + stage * TILE, do_tile = do_tiles + stage * TILE;
@@ -302,22 +310,23 @@ attention_dkv_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBack
             product_nt<D>(dp, v_tile + own, do_tile);
             wgmma_commit();
 
-            const float2 *lse = reinterpret_cast<const float2 *>(shared + (row_values - shared_address(shared))) +
-                                stage * QUERIES + lane % 4;
-            const float2 *delta = lse + QUERIES / 2;
+            const int query0 = tile * QUERIES;
+            const float2 *shift = reinterpret_cast<const float2 *>(own_values) + left % 2 * QUERIES + lane % 4;
+            const float2 *delta = shift + QUERIES / 2;
+            if (++tile == end) tile = begin, ++head;
+            if (left > 1) fetch();
             wgmma_wait<1>();
             pin(s);
             if (last >= 0 && tells) barrier_arrive(empty + 8 * last); // the last tile's product with q is done, too
 #pragma unroll
             for (int n = 0; n < QUERIES / 8; ++n) {
-                const float2 x = lse[4 * n];
-                const float shift0 = x.x * LOG2_E, shift1 = x.y * LOG2_E;
-                s[4 * n] = exp2_fast(fmaf(s[4 * n], c, -shift0));
-                s[4 * n + 1] = exp2_fast(fmaf(s[4 * n + 1], c, -shift1));
-                s[4 * n + 2] = exp2_fast(fmaf(s[4 * n + 2], c, -shift0));
-                s[4 * n + 3] = exp2_fast(fmaf(s[4 * n + 3], c, -shift1));
+                const float2 x = shift[4 * n];
+                s[4 * n] = exp2_fast(fmaf(s[4 * n], c, -x.x));
+                s[4 * n + 1] = exp2_fast(fmaf(s[4 * n + 1], c, -x.y));
+                s[4 * n + 2] = exp2_fast(fmaf(s[4 * n + 2], c, -x.x));
+                s[4 * n + 3] = exp2_fast(fmaf(s[4 * n + 3], c, -x.y));
             }
-            mask_queries(s, tile * QUERIES, warp_row, a.window, place.len, 0.0f);
+            mask_queries(s, query0, warp_row, a.window, place.len, 0.0f);
             uint32_t p[QUERIES / 16][4];
             pack(p, s);
             pin(dv);
@@ -343,10 +352,10 @@ attention_dkv_sm90_kernel(const __grid_constant__ Maps maps, const AttentionBack
             wgmma_fence();
             product_nn(dk, ds, q_tile);
             wgmma_commit();
+            lay_down((left - 1) % 2);
             wgmma_wait<0>();
             last = stage;
             if (++stage == STAGES) stage = 0, parity ^= 1;
-            if (++tile == end) tile = begin;
         } while (--left > 0);
         wgmma_wait<0>();
         pin(dk);
