@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use crate::checkpoint::random::repeated;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, Proj, WeightSource};
 use crate::nf4::{Absmax, BLOCK, NESTED_BLOCK, QuantType, Quantized};
@@ -29,22 +30,11 @@ impl RandomWeights {
         Self { config: config.clone(), bytes, bf16, start: 0 }
     }
 
-    fn repeat(run: &[u8], start: usize, len: usize) -> Vec<u8> {
-        let mut out = Vec::with_capacity(len);
-        let mut from = start % run.len();
-        while out.len() < len {
-            let n = (run.len() - from).min(len - out.len());
-            out.extend_from_slice(&run[from..from + n]);
-            from = 0;
-        }
-        out
-    }
-
     fn quantized(&mut self, n: usize, k: usize) -> Quantized {
         let blocks = (n * k).div_ceil(BLOCK);
         self.start += 7919;
-        let packed = Self::repeat(&self.bytes, self.start, (n * k).div_ceil(2));
-        let codes = Self::repeat(&self.bytes, self.start + 4099, blocks);
+        let packed = repeated(&self.bytes, self.start, (n * k).div_ceil(2));
+        let codes = repeated(&self.bytes, self.start + 4099, blocks);
         // absmax = 0.04 ± 0.02
         let absmax = Absmax::Double { codes, nested_absmax: vec![0.02; blocks.div_ceil(NESTED_BLOCK)], offset: 0.04 };
         Quantized { quant_type: QuantType::Nf4, shape: vec![n, k], source_dtype: Dtype::Bf16, packed, absmax }
@@ -70,7 +60,7 @@ impl WeightSource for RandomWeights {
         }
         let (v, c) = (self.config.vocab_size, self.config.hidden_size);
         self.start += 7920;
-        let bytes = Self::repeat(&self.bf16, self.start & !1, 2 * v * c);
+        let bytes = repeated(&self.bf16, self.start & !1, 2 * v * c);
         Ok(HostMatrix::Dense(HostTensor::owned(Dtype::Bf16, vec![v, c], bytes)))
     }
 }

@@ -13,6 +13,7 @@ mod names;
 mod output;
 pub mod peft;
 pub mod quantized;
+pub mod random;
 pub mod safetensors_file;
 mod safetensors_write;
 pub mod state;

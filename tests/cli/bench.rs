@@ -36,3 +36,15 @@ fn what_cannot_be_timed_is_refused() {
     halfbyte(["bench", "step", "--shape", "tiny", "--lora-dropout", "1.5"]).fails(2, &["--lora-dropout", "below 1"]);
     halfbyte(["bench", "step", "--shape", "tiny", "--optim", "sgd"]).fails(2, &["optim", "sgd"]);
 }
+
+#[test]
+fn a_directory_is_made_and_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("m");
+    let load = ["bench", "load", "--make", "tiny", "--model", model.to_str().unwrap(), "--device", "cpu"];
+    let row = halfbyte(load.iter().chain(&["--json"])).json();
+    for key in ["bytes", "disk_gb_per_s", "cold_gb_per_s", "warm_gb_per_s"] {
+        assert!(row[key].as_f64().is_some_and(|v| v > 0.0), "{key}: {row}");
+    }
+    halfbyte(load).fails(2, &["--model", "which exists"]);
+}

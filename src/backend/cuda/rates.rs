@@ -2,11 +2,13 @@
 
 use std::time::Instant;
 
+use cudarc::driver::result;
 use half::bf16;
 
-use super::Cuda;
 use super::cublas::{Cublas, Products, matmul, plain};
+use super::managed::Pinned;
 use super::ops::gemm::Out;
+use super::{Cuda, driver_error};
 use crate::error::Result;
 
 /// Launches of one timing, and timings.
@@ -64,5 +66,19 @@ impl Cuda {
         const BYTES: usize = 512 << 20;
         let (from, mut to) = (self.zeros::<u8>(BYTES)?, self.zeros::<u8>(BYTES)?);
         Ok(2.0 * BYTES as f64 / self.seconds(|| self.copy(to.view_mut(), from.view()))?)
+    }
+
+    /// Bytes a second from pinned host memory to the device. Buffers of its own.
+    pub fn upload_rate(&self) -> Result<f64> {
+        const BYTES: usize = 256 << 20;
+        let mut to = self.zeros::<u8>(BYTES)?;
+        let mut from = Pinned::new(self, BYTES)?;
+        let address = self.ptr_mut(&to.view_mut())? as u64;
+        let copy = || {
+            // SAFETY: both have BYTES bytes, and outlive the copies: `seconds` waits for them.
+            unsafe { result::memcpy_htod_async(address, from.bytes_mut(), self.stream.cu_stream()) }
+                .map_err(|e| driver_error("cuMemcpyHtoDAsync", e))
+        };
+        Ok(BYTES as f64 / self.seconds(copy)?)
     }
 }

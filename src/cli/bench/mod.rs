@@ -1,6 +1,7 @@
-//! `halfbyte bench`: how fast this machine is, with random weights of a well-known model's shape.
+//! `halfbyte bench`: how fast this machine is, mostly with random weights of a well-known model's shape.
 
 mod decode;
+mod load;
 mod step;
 
 use std::io::Write;
@@ -25,12 +26,15 @@ enum What {
     Step(Box<step::StepArgs>),
     /// Time the generation of one token after another
     Decode(decode::DecodeArgs),
+    /// Time how a model directory gets onto the device and into 4 bits
+    Load(load::LoadArgs),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
     match args.what {
         What::Step(args) => step::run(&args),
         What::Decode(args) => decode::run(&args),
+        What::Load(args) => load::run(&args),
     }
 }
 
