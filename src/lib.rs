@@ -7,7 +7,7 @@
 //! | [`train`] | the loop, its settings, schedule, metrics, checkpoints, resume | `model`, `data`, `checkpoint`, `memory` |
 //! | [`memory`] | the plan: every byte, and what each layer keeps, before anything is allocated | `model`, `backend` |
 //! | [`generate`] | KV cache and sampling | `model`, `data` |
-//! | [`mod@bench`] | what `halfbyte bench` and `cargo bench` time | `model` |
+//! | [`mod@bench`] | what `halfbyte bench` and `cargo bench` time | `model`, `checkpoint` |
 //! | [`model`] | configuration, adapter, and the graph: forward beside backward | `backend` |
 //! | [`backend`] | the op set, a device behind it: `cpu` (f32, the oracle), `cuda` (feature `cuda`) | `nf4` |
 //! | [`checkpoint`] | everything that touches a file of weights | `nf4`, types of `model` and `backend` |
