@@ -22,14 +22,14 @@ pub enum Scope {
 pub struct StepKey {
     /// A number of the model in this process (of decoding: of the cache): they do not share buffers.
     pub model: u64,
-    /// [`Batch::number`]; of decoding: 0.
+    /// [`Batch::number`](super::Batch::number); of decoding: 0.
     pub batch: u64,
     pub kind: StepKind,
-    /// T, B and M as [`Batch`] holds them, padded; of decoding: T, 1, 1.
+    /// T, B and M as [`Batch`](super::Batch) holds them, padded; of decoding: T, 1, 1.
     pub t: usize,
     pub b: usize,
     pub m: usize,
-    /// Bits of p and the seed of [`Dropout`].
+    /// Bits of p and the seed of [`Dropout`](super::Dropout).
     pub dropout: Option<(u32, u64)>,
 }
 
