@@ -14,6 +14,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod frame;
+mod shape;
 pub mod workspace;
 
 pub use adamw::{Moment, NewOptimizer, OptimKind, OptimizerState, ParamGroup};

@@ -97,7 +97,7 @@ fn simd() -> Vec<&'static str> {
 }
 
 /// Bytes of a line of /proc/meminfo; None where there is no such file.
-pub(super) fn meminfo(key: &str) -> Option<u64> {
+fn meminfo(key: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let kib: u64 = text.lines().find_map(|l| l.strip_prefix(key))?.split_whitespace().next()?.parse().ok()?;
     Some(kib * 1024)

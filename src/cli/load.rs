@@ -8,7 +8,8 @@ use halfbyte::backend::cpu::Cpu;
 use halfbyte::backend::cuda::Cuda;
 use halfbyte::checkpoint::{ModelDir, QuantConfig, peft};
 use halfbyte::memory;
-use halfbyte::model::{HostAdapter, Model, ModelOptions};
+use halfbyte::model::shapes::Format;
+use halfbyte::model::{HostAdapter, Model, ModelConfig, ModelOptions};
 use halfbyte::nf4::QuantType;
 use halfbyte::{Error, Result};
 
@@ -115,23 +116,22 @@ pub enum Room {
     Cache(usize),
 }
 
-/// Sets aside what the model and `room` will take, if the device has memory of its own.
+/// Sets aside what the model and `room` will take, if the device has memory of its own. `format`: of each matrix, by name.
 /// Errors: it has less free than that ([`Error::Flag`], what is needed and the largest items).
-fn reserve<B: Backend>(
+pub fn reserve<B: Backend>(
     backend: &mut B,
-    dir: &ModelDir,
-    quantize: Option<QuantConfig>,
+    config: &ModelConfig,
+    format: &dyn Fn(&str) -> Format,
     adapter: Option<&HostAdapter>,
     max_tokens: usize,
     room: &Room,
 ) -> Result<()> {
     let Some(free) = backend.free_memory()? else { return Ok(()) };
-    let format = |name: &str| dir.format(name, quantize);
     let (batch, cache) = match room {
         Room::Batch => (true, 0),
         Room::Cache(tokens) => (false, *tokens),
     };
-    let items = memory::forward_bytes(dir.config(), &format, adapter, max_tokens, batch, cache)?;
+    let items = memory::forward_bytes(config, format, adapter, max_tokens, batch, cache)?;
     let bytes = items.values().sum();
     if bytes > free {
         return Err(memory::too_large(free, &items));
@@ -150,7 +150,7 @@ pub fn model<B: Backend>(
     room: Option<Room>,
 ) -> Result<Model<B>> {
     if let Some(room) = room {
-        reserve(backend, dir, quantize, adapter, max_tokens, &room)?;
+        reserve(backend, dir.config(), &|name| dir.format(name, quantize), adapter, max_tokens, &room)?;
     }
     let mut bar = Progress::new(format!("loading {}", dir.path().display()), Unit::Count("layers"));
     let layers = dir.config().num_hidden_layers as u64;

@@ -7,28 +7,14 @@ use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Threads, Write, gemm};
 use super::math::{dot, simd};
-use super::{Cpu, Matrix, Scratch, TASK, at_least, exactly, grown, with_tile};
+use super::{Cpu, Matrix, Scratch, TASK, at_least, grown, with_tile};
+use crate::backend::shape::check_linear;
 use crate::backend::{Dropout, Linear, LinearBackward, LinearForward, Lora};
 use crate::error::Result;
 use crate::rng::{Stream, philox};
 
-/// Checks the parts against their sums, and the adapter's offsets against the flat vector's length.
 fn check(op: &'static str, w: &Linear<Cpu>, lora: Option<usize>) -> Result<()> {
-    at_least(op, "k", w.k, 1)?;
-    exactly(op, "parts (n)", w.parts.iter().map(|p| p.n).sum(), w.n)?;
-    exactly(op, "parts (r)", w.parts.iter().filter_map(|p| p.lora.as_ref()).map(|l| l.r).sum(), w.r)?;
-    for part in &w.parts {
-        exactly(op, "w (n)", part.w.n, part.n)?;
-        exactly(op, "w (k)", part.w.k, w.k)?;
-        if let Some(bias) = &part.bias {
-            at_least(op, "bias", bias.len(), part.n)?;
-        }
-        if let (Some(l), Some(len)) = (&part.lora, lora) {
-            at_least(op, "lora (A)", len, l.a + l.r * w.k)?;
-            at_least(op, "lora (B)", len, l.b + part.n * l.r)?;
-        }
-    }
-    Ok(())
+    check_linear(op, w, lora, |w| (w.n, w.k), Vec::len)
 }
 
 /// The parts that have LoRA: first column in y, first column in h, n, settings.

@@ -28,6 +28,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 pub use optimizer::Optimizer;
 pub use weights::Matrix;
 
+use super::shape::{at_least, exactly};
 use super::*;
 use crate::error::Error;
 
@@ -89,16 +90,6 @@ fn with_tile<R>(tiles: &[Mutex<Vec<f32>>], len: usize, f: impl FnOnce(&mut [f32]
     let i = rayon::current_thread_index().unwrap_or(0) % tiles.len();
     let mut tile = tiles[i].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     f(grown(&mut tile, len))
-}
-
-/// A buffer that may be longer than this call needs.
-fn at_least(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found < expected { Err(Error::Shape { op, argument, found, expected }) } else { Ok(()) }
-}
-
-/// A size that must fit exactly.
-fn exactly(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found != expected { Err(Error::Shape { op, argument, found, expected }) } else { Ok(()) }
 }
 
 /// H query heads in groups of H/G, an even head size, a window that sees something.

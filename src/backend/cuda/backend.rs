@@ -10,6 +10,7 @@ use super::optimizer::{Optimizer, Step, table_bytes};
 use super::scratch::{Scratch, missing};
 use super::transfer::{Host, Ticket};
 use super::{Cuda, head, linear, nvtx, ops};
+use crate::backend::shape::at_least;
 use crate::backend::workspace::{GRANULARITY, attention_decode_scratch};
 use crate::backend::*;
 use crate::error::{Error, Result};
@@ -41,11 +42,6 @@ impl Cuda {
             *self.used.entry(item).or_default() += bytes.next_multiple_of(ALIGNMENT);
         }
     }
-}
-
-/// The first `len` elements of a buffer exist.
-fn least(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found >= expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
 }
 
 impl Backend for Cuda {
@@ -142,12 +138,12 @@ impl Backend for Cuda {
     }
 
     fn send(&mut self, to: &mut Host, from: &Buffer<bf16>, len: usize) -> Result<Ticket> {
-        least("send", "from", from.len(), len)?;
+        at_least("send", "from", from.len(), len)?;
         self.copy_out(to, from.range(0..len)).map_err(|e| self.scopes.place(e))
     }
 
     fn fetch(&mut self, to: &mut Buffer<bf16>, from: &Host, len: usize) -> Result<Ticket> {
-        least("fetch", "to", to.len(), len)?;
+        at_least("fetch", "to", to.len(), len)?;
         self.copy_in(to.range_mut(0..len), from).map_err(|e| self.scopes.place(e))
     }
 
@@ -324,7 +320,7 @@ impl Backend for Cuda {
     fn attention_decode(&mut self, a: AttentionDecode<Self>) -> Result<()> {
         let (t, heads) = (a.t, a.heads);
         let capacity = a.cache.k.len().min(a.cache.v.len()) / (heads.g * heads.d).max(1);
-        least("attention_decode", "cache", capacity, a.past + t)?;
+        at_least("attention_decode", "cache", capacity, a.past + t)?;
         self.op_with_scratch("attention_decode", |cuda, s| {
             let room = |t: &usize| attention_decode_scratch(*t, heads) <= s.decode.len();
             let most = (1..=t).rev().find(room).unwrap_or(1);

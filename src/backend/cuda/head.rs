@@ -7,23 +7,16 @@ use super::ops::cross_entropy::{self as ops, AddLoss, CrossEntropy, GatherRows, 
 use super::ops::decode::{MATVEC_MAX_T, Matvec, matvec};
 use super::ops::gemm::Out;
 use super::scratch::Scratch;
+use crate::backend::shape::{at_least, exactly};
 use crate::backend::workspace::GRANULARITY;
 use crate::backend::{HeadLogits, HeadLoss};
-use crate::error::{Error, Result};
-
-fn least(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found >= expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
-}
-
-fn exactly(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
-}
+use crate::error::Result;
 
 /// The most rows of the head whose logits fit the scratch.
 fn chunk(op: &'static str, s: &Scratch, (c, v): (usize, usize)) -> Result<usize> {
     let rows = s.sizes.head_rows.min(s.logits.len() / v.max(1)).min(s.rows.len() / c.max(1));
-    least(op, "scratch (logits)", s.logits.len(), v)?;
-    least(op, "scratch (rows)", rows, 1)?;
+    at_least(op, "scratch (logits)", s.logits.len(), v)?;
+    at_least(op, "scratch (rows)", rows, 1)?;
     Ok(rows)
 }
 
@@ -31,16 +24,16 @@ pub(super) fn loss(cuda: &Cuda, s: &mut Scratch, a: HeadLoss<Cuda>) -> Result<()
     let op = "head_loss";
     let (c, v, head, batch) = (a.c, a.v, a.head, a.batch);
     let (t, m) = (batch.t, batch.m);
-    least(op, "c", c, 1)?;
-    least(op, "v", v, 1)?;
-    least(op, "x", a.x.len(), t * c)?;
+    at_least(op, "c", c, 1)?;
+    at_least(op, "v", v, 1)?;
+    at_least(op, "x", a.x.len(), t * c)?;
     exactly(op, "head (v)", head.n, v)?;
     exactly(op, "head (c)", head.k, c)?;
-    least(op, "batch.target_rows", batch.target_rows.len(), m)?;
-    least(op, "batch.target_ids", batch.target_ids.len(), m)?;
+    at_least(op, "batch.target_rows", batch.target_rows.len(), m)?;
+    at_least(op, "batch.target_ids", batch.target_ids.len(), m)?;
     let mut dx = match a.dx {
         Some(dx) => {
-            least(op, "dx", dx.len(), t * c)?;
+            at_least(op, "dx", dx.len(), t * c)?;
             let mut dx = dx.range_mut(0..t * c);
             // Rows without a target get no gradient.
             cuda.zero(dx.reborrow())?;
@@ -51,9 +44,9 @@ pub(super) fn loss(cuda: &Cuda, s: &mut Scratch, a: HeadLoss<Cuda>) -> Result<()
     if m == 0 {
         return Ok(());
     }
-    least(op, "scratch (loss of each target)", s.row_loss.len(), m)?;
+    at_least(op, "scratch (loss of each target)", s.row_loss.len(), m)?;
     if dx.is_some() {
-        least(op, "scratch (gradient of the rows)", s.d_rows.len(), s.rows.len())?;
+        at_least(op, "scratch (gradient of the rows)", s.d_rows.len(), s.rows.len())?;
     }
     // As few chunks as fit, of about one size.
     let most = chunk(op, s, (c, v))?;
@@ -84,17 +77,17 @@ pub(super) fn loss(cuda: &Cuda, s: &mut Scratch, a: HeadLoss<Cuda>) -> Result<()
 pub(super) fn logits(cuda: &Cuda, s: &mut Scratch, a: HeadLogits<Cuda>) -> Result<()> {
     let op = "head_logits";
     let (c, v, m) = (a.c, a.v, a.rows.len());
-    least(op, "c", c, 1)?;
-    least(op, "v", v, 1)?;
-    least(op, "logits", a.logits.len(), m * v)?;
+    at_least(op, "c", c, 1)?;
+    at_least(op, "v", v, 1)?;
+    at_least(op, "logits", a.logits.len(), m * v)?;
     exactly(op, "head (v)", a.head.n, v)?;
     exactly(op, "head (c)", a.head.k, c)?;
     let t = a.x.len() / c;
     if let Some(&last) = a.rows.iter().max() {
-        least(op, "x", a.x.len(), (last + 1) * c)?;
+        at_least(op, "x", a.x.len(), (last + 1) * c)?;
     }
     let most = s.sizes.head_rows.min(s.rows.len() / c).min(s.row_ids.len());
-    least(op, "scratch (rows)", most, m.min(1))?;
+    at_least(op, "scratch (rows)", most, m.min(1))?;
     for (i, rows) in a.rows.chunks(most.max(1)).enumerate() {
         let count = rows.len();
         set_rows(cuda, s, rows)?;

@@ -9,7 +9,7 @@ use half::bf16;
 
 use super::cublas::{Products, matmul};
 use super::matrix::{Data, Matrix};
-use super::memory::{View, ViewMut};
+use super::memory::{Buffer, View, ViewMut};
 use super::ops::bias::{BiasRows, bias_rows};
 use super::ops::decode::{MATVEC_MAX_PARTS, MATVEC_MAX_T, MatvecGroup, MatvecPart, Weight, matvec_group};
 use super::ops::gemm::{Gemm, Out, Pair};
@@ -18,6 +18,7 @@ use super::ops::nf4::Nf4Weight;
 use super::ops::nf4_gemm::{Direction, Nf4Gemm, nf4_gemm};
 use super::scratch::{Scratch, mask};
 use super::{Cuda, Kernels};
+use crate::backend::shape::{at_least, check_linear};
 use crate::backend::{Linear, LinearBackward, LinearForward, Lora};
 use crate::error::{Error, Result};
 use crate::nf4::BLOCK;
@@ -153,31 +154,8 @@ fn parts(w: &Linear<Cuda>, adapted: bool) -> Vec<Part<'_>> {
     w.parts.iter().zip(at).map(of).collect()
 }
 
-fn least(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found >= expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
-}
-
-fn exactly(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
-}
-
-/// Checks the parts against their sums, and the adapter's offsets against the flat vector's length.
 fn check(op: &'static str, w: &Linear<Cuda>, lora: Option<usize>) -> Result<()> {
-    least(op, "k", w.k, 1)?;
-    exactly(op, "parts (n)", w.parts.iter().map(|p| p.n).sum(), w.n)?;
-    exactly(op, "parts (r)", w.parts.iter().filter_map(|p| p.lora.as_ref()).map(|l| l.r).sum(), w.r)?;
-    for part in &w.parts {
-        exactly(op, "w (n)", part.w.n, part.n)?;
-        exactly(op, "w (k)", part.w.k, w.k)?;
-        if let Some(bias) = &part.bias {
-            least(op, "bias", bias.len(), part.n)?;
-        }
-        if let (Some(l), Some(len)) = (&part.lora, lora) {
-            least(op, "lora (A)", len, l.a + l.r * w.k)?;
-            least(op, "lora (B)", len, l.b + part.n * l.r)?;
-        }
-    }
-    Ok(())
+    check_linear(op, w, lora, |w| (w.n, w.k), Buffer::len)
 }
 
 /// A matrix as the kernel for few tokens takes it.
@@ -210,7 +188,7 @@ pub(super) fn widened<'a>(
     if let Some(dense) = w.dense() {
         return Ok(dense.range(0..w.len()));
     }
-    least(op, "scratch (weights)", buffer.len(), w.len())?;
+    at_least(op, "scratch (weights)", buffer.len(), w.len())?;
     cuda.widen_matrix(buffer.reborrow(), w)?;
     Ok(buffer.into_range(0..w.len()).into_view())
 }
@@ -238,8 +216,8 @@ pub(super) fn forward(cuda: &Cuda, s: &mut Scratch, a: LinearForward<Cuda>) -> R
     let (t, w) = (a.t, a.w);
     let (k, n, r) = (w.k, w.n, w.r);
     check(op, w, a.lora.map(|l| l.len()))?;
-    least(op, "y", a.y.len(), t * n)?;
-    least(op, "x", a.x.len(), t * k)?;
+    at_least(op, "y", a.y.len(), t * n)?;
+    at_least(op, "x", a.x.len(), t * k)?;
     if t == 0 || n == 0 {
         return Ok(());
     }
@@ -247,7 +225,7 @@ pub(super) fn forward(cuda: &Cuda, s: &mut Scratch, a: LinearForward<Cuda>) -> R
     let lora = a.lora.filter(|_| r > 0).map(|l| l.view());
     let parts = parts(w, lora.is_some());
     if let Some(lora) = lora {
-        least(op, "h", a.h.len(), t * r)?;
+        at_least(op, "h", a.h.len(), t * r)?;
         let adapted: Vec<LoraPart> = parts.iter().filter_map(Part::lora_part).collect();
         let (h, dropout, scratch) = (a.h.view_mut(), mask(a.dropout, &s.step), s.lora.view_mut());
         lora::lora_forward(cuda, LoraForward { h, x, lora, parts: &adapted, t, k, r, dropout, scratch })?;
@@ -362,12 +340,12 @@ pub(super) fn backward(cuda: &Cuda, s: &mut Scratch, a: LinearBackward<Cuda>) ->
     let (t, w) = (a.t, a.w);
     let (k, n, r) = (w.k, w.n, w.r);
     check(op, w, Some(a.lora.len().min(a.d_lora.len())))?;
-    least(op, "dy", a.dy.len(), t * n)?;
-    least(op, "x", a.x.len(), t * k)?;
-    least(op, "dh", a.dh.len(), t * r)?;
-    least(op, "h", a.h.len(), t * r)?;
+    at_least(op, "dy", a.dy.len(), t * n)?;
+    at_least(op, "x", a.x.len(), t * k)?;
+    at_least(op, "dh", a.dh.len(), t * r)?;
+    at_least(op, "h", a.h.len(), t * r)?;
     if let Some(dx) = &a.dx {
-        least(op, "dx", dx.len(), t * k)?;
+        at_least(op, "dx", dx.len(), t * k)?;
     }
     if t == 0 {
         return Ok(());

@@ -8,6 +8,7 @@ use half::bf16;
 
 use super::memory::{View, ViewMut};
 use super::{Cuda, driver_error};
+use crate::backend::shape::at_least;
 use crate::error::{Error, Result};
 
 /// Copies under way at a time that keep an event each. An older copy shares the event of a newer one: the stream of copies
@@ -111,7 +112,7 @@ impl Cuda {
 
     /// Begins to copy `from` to host memory, behind all ops before.
     pub(super) fn copy_out(&mut self, to: &mut Host, from: View<bf16>) -> Result<Ticket> {
-        room("send", "to", to.len, from.len())?;
+        at_least("send", "to", to.len, from.len())?;
         let source = self.ptr(&from)? as u64;
         let target = to.address.as_ptr();
         self.transfer("cuMemcpyDtoHAsync", |stream| {
@@ -123,7 +124,7 @@ impl Cuda {
 
     /// Begins to copy the first elements of `from` back, behind all ops before.
     pub(super) fn copy_in(&mut self, to: ViewMut<bf16>, from: &Host) -> Result<Ticket> {
-        room("fetch", "from", from.len, to.len())?;
+        at_least("fetch", "from", from.len, to.len())?;
         let target = self.ptr_mut(&to)? as u64;
         let source = from.address.as_ptr();
         self.transfer("cuMemcpyHtoDAsync", |stream| {
@@ -170,8 +171,4 @@ impl Cuda {
         }
         Ok(())
     }
-}
-
-fn room(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found >= expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
 }

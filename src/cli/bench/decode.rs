@@ -6,7 +6,6 @@ use clap::Args;
 use halfbyte::Result;
 use halfbyte::backend::Backend;
 use halfbyte::bench::decode::{self, CHUNK};
-use halfbyte::memory;
 use halfbyte::model::shapes::{self, Format};
 use halfbyte::model::{HostAdapter, ModelConfig};
 use serde_json::json;
@@ -14,7 +13,7 @@ use serde_json::json;
 use super::step::random_adapter;
 use super::{append, can_append};
 use crate::cli::args::{DeviceArgs, at_least_one, micro_batch, named_shape};
-use crate::cli::load::with_backend;
+use crate::cli::load::{self, Room, with_backend};
 use crate::cli::output::{Out, put};
 use crate::cli::progress::{Progress, Unit};
 
@@ -94,16 +93,8 @@ fn measure<B: Backend>(
     adapter: &HostAdapter,
     args: &DecodeArgs,
 ) -> Result<Vec<f64>> {
-    if let Some(free) = backend.free_memory()? {
-        let format = |name: &str| Format::of_random(name);
-        let cache = decode::capacity(args.past, args.tokens);
-        let items = memory::forward_bytes(config, &format, Some(adapter), CHUNK, false, cache)?;
-        let bytes = items.values().sum();
-        if bytes > free {
-            return Err(memory::too_large(free, &items));
-        }
-        backend.reserve(bytes)?;
-    }
+    let room = Room::Cache(decode::capacity(args.past, args.tokens));
+    load::reserve(backend, config, &Format::of_random, Some(adapter), CHUNK, &room)?;
     let mut bar = Progress::new("decoding", Unit::Count("tokens"));
     let seconds = decode::run(backend, config, Some(adapter), args.past, args.tokens, &mut |done, all| {
         bar.set(done as u64, all as u64);

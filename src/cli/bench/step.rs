@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 
 use super::{append, can_append};
 use crate::cli::args::{DeviceArgs, at_least_one, micro_batch, named_shape};
-use crate::cli::info::meminfo;
 use crate::cli::load::{Picked, with_backend};
 use crate::cli::output::{Out, put};
 use crate::cli::progress::{Progress, Unit};
@@ -224,7 +223,7 @@ fn measure<B: Backend>(
                 card,
                 device,
                 // What can be pinned without starving the rest of the machine.
-                host: meminfo("MemAvailable:").unwrap_or(0) as usize / 2,
+                host: memory::host_memory() / 2,
                 mode: Mode::of(args.gradient_checkpointing),
             })?)
         }

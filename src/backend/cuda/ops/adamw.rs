@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::bf16;
 
 pub use super::ffi::adamw::{Group, Tensor};
-use super::{check, check_least, ffi};
+use super::{at_least, exactly, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::{Error, Result};
@@ -63,9 +63,9 @@ pub struct Adamw8bit<'a> {
 }
 
 fn factors(cuda: &Cuda, op: &'static str, f: &Factors, p: usize) -> Result<(*const f32, ffi::adamw::Factors)> {
-    check_least(op, "grads", f.grads.len(), p)?;
-    check_least(op, "norm", f.norm.len(), 1)?;
-    check_least(op, "groups", f.groups.len(), 1)?;
+    at_least(op, "grads", f.grads.len(), p)?;
+    at_least(op, "norm", f.norm.len(), 1)?;
+    at_least(op, "groups", f.groups.len(), 1)?;
     let factors = ffi::adamw::Factors {
         norm: cuda.ptr(&f.norm)?,
         groups: cuda.ptr(&f.groups)?,
@@ -80,18 +80,18 @@ fn factors(cuda: &Cuda, op: &'static str, f: &Factors, p: usize) -> Result<(*con
 }
 
 fn check_window(op: &'static str, window: &Range<usize>, len: usize) -> Result<()> {
-    check_least(op, "window (end)", len, window.end)?;
-    check_least(op, "window", window.end, window.start)
+    at_least(op, "window (end)", len, window.end)?;
+    at_least(op, "window", window.end, window.start)
 }
 
 pub fn adamw_32bit(cuda: &Cuda, a: Adamw32bit) -> Result<()> {
     const OP: &str = "adamw_32bit";
     let p = a.master.len();
-    check(OP, "m", a.m.len(), p)?;
-    check(OP, "v", a.v.len(), p)?;
-    check_least(OP, "lora", a.lora.len(), p)?;
+    exactly(OP, "m", a.m.len(), p)?;
+    exactly(OP, "v", a.v.len(), p)?;
+    at_least(OP, "lora", a.lora.len(), p)?;
     check_window(OP, &a.window, p)?;
-    check(OP, "window (multiple of 4)", a.window.start % WINDOW_ALIGN, 0)?;
+    exactly(OP, "window (multiple of 4)", a.window.start % WINDOW_ALIGN, 0)?;
     let (grads, factors) = factors(cuda, OP, &a.factors, p)?;
     let args = ffi::adamw::Adamw32bit {
         master: cuda.ptr_mut(&a.master)?,
@@ -111,16 +111,16 @@ pub fn adamw_32bit(cuda: &Cuda, a: Adamw32bit) -> Result<()> {
 pub fn adamw_8bit(cuda: &Cuda, a: Adamw8bit) -> Result<()> {
     const OP: &str = "adamw_8bit";
     let (p, blocks) = (a.master.len(), a.m_absmax.len());
-    check(OP, "m", a.m.len(), p)?;
-    check(OP, "v", a.v.len(), p)?;
-    check(OP, "v_absmax", a.v_absmax.len(), blocks)?;
-    check_least(OP, "lora", a.lora.len(), p)?;
+    exactly(OP, "m", a.m.len(), p)?;
+    exactly(OP, "v", a.v.len(), p)?;
+    exactly(OP, "v_absmax", a.v_absmax.len(), blocks)?;
+    at_least(OP, "lora", a.lora.len(), p)?;
     check_window(OP, &a.window, blocks)?;
     let (grads, factors) = factors(cuda, OP, &a.factors, p)?;
     if a.window.is_empty() {
         return Ok(());
     }
-    check_least(OP, "tensors", a.tensors.len(), 1)?;
+    at_least(OP, "tensors", a.tensors.len(), 1)?;
     let tensor_count = u32::try_from(a.tensors.len());
     let tensor_count = tensor_count.map_err(|_| Error::Shape {
         op: OP,

@@ -6,7 +6,7 @@
 
 use half::bf16;
 
-use super::{check_least, ffi};
+use super::{at_least, ffi};
 use crate::backend::Heads;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::backend::cuda::{Cuda, Kernels};
@@ -51,10 +51,10 @@ pub fn attention_forward(cuda: &Cuda, a: AttentionForward) -> Result<()> {
     const OP: &str = "attention_forward";
     let (t, b, heads) = (a.t, a.b, a.heads);
     check_sizes(OP, t, b, heads)?;
-    check_least(OP, "o", a.o.len(), t * heads.h * heads.d)?;
-    check_least(OP, "lse", a.lse.len(), heads.h * t)?;
-    check_least(OP, "qkv", a.qkv.len(), t * heads.qkv())?;
-    check_least(OP, "cu_seqlens", a.cu_seqlens.len(), b + 1)?;
+    at_least(OP, "o", a.o.len(), t * heads.h * heads.d)?;
+    at_least(OP, "lse", a.lse.len(), heads.h * t)?;
+    at_least(OP, "qkv", a.qkv.len(), t * heads.qkv())?;
+    at_least(OP, "cu_seqlens", a.cu_seqlens.len(), b + 1)?;
     let args = ffi::attention::AttentionForward {
         o: cuda.ptr_mut(&a.o)?,
         lse: cuda.ptr_mut(&a.lse)?,
@@ -80,13 +80,13 @@ pub fn attention_backward(cuda: &Cuda, a: AttentionBackward) -> Result<()> {
     const OP: &str = "attention_backward";
     let (t, b, heads) = (a.t, a.b, a.heads);
     check_sizes(OP, t, b, heads)?;
-    check_least(OP, "dqkv", a.dqkv.len(), t * heads.qkv())?;
-    check_least(OP, "delta", a.delta.len(), heads.h * t)?;
-    check_least(OP, "d_o", a.d_o.len(), t * heads.h * heads.d)?;
-    check_least(OP, "o", a.o.len(), t * heads.h * heads.d)?;
-    check_least(OP, "lse", a.lse.len(), heads.h * t)?;
-    check_least(OP, "qkv", a.qkv.len(), t * heads.qkv())?;
-    check_least(OP, "cu_seqlens", a.cu_seqlens.len(), b + 1)?;
+    at_least(OP, "dqkv", a.dqkv.len(), t * heads.qkv())?;
+    at_least(OP, "delta", a.delta.len(), heads.h * t)?;
+    at_least(OP, "d_o", a.d_o.len(), t * heads.h * heads.d)?;
+    at_least(OP, "o", a.o.len(), t * heads.h * heads.d)?;
+    at_least(OP, "lse", a.lse.len(), heads.h * t)?;
+    at_least(OP, "qkv", a.qkv.len(), t * heads.qkv())?;
+    at_least(OP, "cu_seqlens", a.cu_seqlens.len(), b + 1)?;
     let args = ffi::attention::AttentionBackward {
         dqkv: cuda.ptr_mut(&a.dqkv)?,
         delta: cuda.ptr_mut(&a.delta)?,
@@ -130,7 +130,7 @@ fn check_sizes(op: &'static str, t: usize, b: usize, heads: Heads) -> Result<()>
     if !(16..=256).contains(&d) || !d.is_multiple_of(8) {
         return shape("heads.d (16 to 256, in steps of 8)", d, d.next_multiple_of(8).clamp(16, 256));
     }
-    check_least(op, "b", b, t.min(1))?;
+    at_least(op, "b", b, t.min(1))?;
     let most = i32::MAX as usize / (h + 2 * g) - 64;
     let rows = b.saturating_mul(64).saturating_add(t);
     if rows > most { shape("t + 64 * b (at most)", rows, most) } else { Ok(()) }

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{check_least, ffi};
+use super::{at_least, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::Result;
@@ -23,9 +23,9 @@ pub fn bias_rows(cuda: &Cuda, a: BiasRows) -> Result<()> {
     if a.t == 0 {
         return Ok(());
     }
-    check_least(OP, "ld", a.ld, a.n)?;
-    check_least(OP, "y", a.y.len(), (a.t - 1) * a.ld + a.n)?;
-    check_least(OP, "bias", a.bias.len(), a.n)?;
+    at_least(OP, "ld", a.ld, a.n)?;
+    at_least(OP, "y", a.y.len(), (a.t - 1) * a.ld + a.n)?;
+    at_least(OP, "bias", a.bias.len(), a.n)?;
     let args = ffi::bias::BiasRows {
         y: cuda.ptr_mut(&a.y)?,
         bias: cuda.ptr(&a.bias)?,

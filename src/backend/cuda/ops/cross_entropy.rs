@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{check_least, ffi};
+use super::{at_least, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::Result;
@@ -61,11 +61,11 @@ pub struct AddLoss<'a> {
 
 pub fn cross_entropy(cuda: &Cuda, a: CrossEntropy) -> Result<()> {
     const OP: &str = "cross_entropy";
-    check_least(OP, "v", a.v, 1)?;
-    check_least(OP, "logits", a.logits.len(), a.m * a.v)?;
-    check_least(OP, "row_loss", a.row_loss.len(), a.m)?;
-    check_least(OP, "ids", a.ids.len(), a.m)?;
-    check_least(OP, "scale", a.scale.len(), 1)?;
+    at_least(OP, "v", a.v, 1)?;
+    at_least(OP, "logits", a.logits.len(), a.m * a.v)?;
+    at_least(OP, "row_loss", a.row_loss.len(), a.m)?;
+    at_least(OP, "ids", a.ids.len(), a.m)?;
+    at_least(OP, "scale", a.scale.len(), 1)?;
     let args = ffi::cross_entropy::CrossEntropy {
         logits: cuda.ptr_mut(&a.logits)?,
         row_loss: cuda.ptr_mut(&a.row_loss)?,
@@ -83,10 +83,10 @@ pub fn cross_entropy(cuda: &Cuda, a: CrossEntropy) -> Result<()> {
 
 pub fn gather_rows(cuda: &Cuda, a: GatherRows) -> Result<()> {
     const OP: &str = "gather_rows";
-    check_least(OP, "c", a.c, 1)?;
-    check_least(OP, "out", a.out.len(), a.m * a.c)?;
-    check_least(OP, "x", a.x.len(), a.t * a.c)?;
-    check_least(OP, "rows", a.rows.len(), a.m)?;
+    at_least(OP, "c", a.c, 1)?;
+    at_least(OP, "out", a.out.len(), a.m * a.c)?;
+    at_least(OP, "x", a.x.len(), a.t * a.c)?;
+    at_least(OP, "rows", a.rows.len(), a.m)?;
     let args = ffi::cross_entropy::MoveRows {
         to: cuda.ptr_mut(&a.out)?,
         from: cuda.ptr(&a.x)?,
@@ -101,10 +101,10 @@ pub fn gather_rows(cuda: &Cuda, a: GatherRows) -> Result<()> {
 
 pub fn scatter_rows(cuda: &Cuda, a: ScatterRows) -> Result<()> {
     const OP: &str = "scatter_rows";
-    check_least(OP, "c", a.c, 1)?;
-    check_least(OP, "dx", a.dx.len(), a.t * a.c)?;
-    check_least(OP, "d_rows", a.d_rows.len(), a.m * a.c)?;
-    check_least(OP, "rows", a.rows.len(), a.m)?;
+    at_least(OP, "c", a.c, 1)?;
+    at_least(OP, "dx", a.dx.len(), a.t * a.c)?;
+    at_least(OP, "d_rows", a.d_rows.len(), a.m * a.c)?;
+    at_least(OP, "rows", a.rows.len(), a.m)?;
     let args = ffi::cross_entropy::MoveRows {
         to: cuda.ptr_mut(&a.dx)?,
         from: cuda.ptr(&a.d_rows)?,
@@ -119,9 +119,9 @@ pub fn scatter_rows(cuda: &Cuda, a: ScatterRows) -> Result<()> {
 
 pub fn add_loss(cuda: &Cuda, a: AddLoss) -> Result<()> {
     const OP: &str = "add_loss";
-    check_least(OP, "loss", a.loss.len(), 1)?;
-    check_least(OP, "row_loss", a.row_loss.len(), a.m)?;
-    check_least(OP, "scale", a.scale.len(), 1)?;
+    at_least(OP, "loss", a.loss.len(), 1)?;
+    at_least(OP, "row_loss", a.row_loss.len(), a.m)?;
+    at_least(OP, "scale", a.scale.len(), 1)?;
     let args = ffi::cross_entropy::AddLoss {
         loss: cuda.ptr_mut(&a.loss)?,
         row_loss: cuda.ptr(&a.row_loss)?,

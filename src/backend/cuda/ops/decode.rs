@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::gemm::{Out, check_matrix, check_size};
 use super::nf4::{self, Nf4Weight};
-use super::{check, check_least, ffi};
+use super::{at_least, exactly, ffi};
 use crate::backend::Heads;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
@@ -129,7 +129,7 @@ pub fn matvec_group(cuda: &Cuda, a: MatvecGroup) -> Result<()> {
     };
     let k = first.w.k();
     check_size(OP, "k", k)?;
-    check_least(OP, "x", a.x.len(), a.t * k)?;
+    at_least(OP, "x", a.x.len(), a.t * k)?;
     let (y, y_len, y_is_f32) = match &a.y {
         Out::Bf16(y) => (cuda.ptr_mut(y)?.cast(), y.len(), 0),
         Out::F32(y) => (cuda.ptr_mut(y)?.cast(), y.len(), 1),
@@ -148,7 +148,7 @@ pub fn matvec_group(cuda: &Cuda, a: MatvecGroup) -> Result<()> {
         quant_type: nf4::quant_type(QuantType::Nf4),
     }; MATVEC_MAX_PARTS];
     for (part, out) in a.parts.iter().zip(&mut parts) {
-        check(OP, "k of a part", part.w.k(), k)?;
+        exactly(OP, "k of a part", part.w.k(), k)?;
         let n = part.w.n();
         check_size(OP, "n", n)?;
         check_matrix(OP, ["y", "ldy"], y_len, (a.t, part.y.saturating_add(n)), a.ldy)?;
@@ -159,18 +159,18 @@ pub fn matvec_group(cuda: &Cuda, a: MatvecGroup) -> Result<()> {
                 out.quant_type = nf4::quant_type(w.quant_type);
             }
             Weight::Bf16 { w, .. } => {
-                check_least(OP, "w", w.len(), n.saturating_mul(k))?;
+                at_least(OP, "w", w.len(), n.saturating_mul(k))?;
                 out.w = cuda.ptr(w)?;
             }
         }
         if let Some((h, b, r)) = &part.h {
             check_size(OP, "r", *r)?;
             check_matrix(OP, ["h", "ldh"], h.len(), (a.t, *r), a.ldh)?;
-            check_least(OP, "b", b.len(), n * r)?;
+            at_least(OP, "b", b.len(), n * r)?;
             (out.h, out.b, out.r) = (cuda.ptr(h)?, cuda.ptr(b)?, *r as i32);
         }
         if let Some(bias) = &part.bias {
-            check_least(OP, "bias", bias.len(), n)?;
+            at_least(OP, "bias", bias.len(), n)?;
             out.bias = cuda.ptr(bias)?;
         }
         (out.y, out.n) = (part.y as i32, n as i32);
@@ -211,12 +211,12 @@ pub fn attention_decode(cuda: &Cuda, a: AttentionDecode) -> Result<()> {
         return shape("t", t, MOST);
     }
     check_size(OP, "capacity", a.capacity)?;
-    check_least(OP, "o", a.o.len(), t * h * d)?;
-    check_least(OP, "k", a.k.len(), a.capacity.saturating_mul(g * d))?;
-    check_least(OP, "v", a.v.len(), a.capacity.saturating_mul(g * d))?;
-    check_least(OP, "qkv", a.qkv.len(), t * heads.qkv())?;
-    check_least(OP, "positions", a.positions.len(), t)?;
-    check_least(OP, "scratch", a.scratch.len(), attention_decode_scratch(t, heads))?;
+    at_least(OP, "o", a.o.len(), t * h * d)?;
+    at_least(OP, "k", a.k.len(), a.capacity.saturating_mul(g * d))?;
+    at_least(OP, "v", a.v.len(), a.capacity.saturating_mul(g * d))?;
+    at_least(OP, "qkv", a.qkv.len(), t * heads.qkv())?;
+    at_least(OP, "positions", a.positions.len(), t)?;
+    at_least(OP, "scratch", a.scratch.len(), attention_decode_scratch(t, heads))?;
     let args = ffi::decode::AttentionDecode {
         o: cuda.ptr_mut(&a.o)?,
         k: cuda.ptr_mut(&a.k)?,

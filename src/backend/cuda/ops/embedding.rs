@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{check_least, ffi};
+use super::{at_least, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::Result;
@@ -22,10 +22,10 @@ pub struct Embedding<'a> {
 
 pub fn embedding(cuda: &Cuda, a: Embedding) -> Result<()> {
     const OP: &str = "embedding";
-    check_least(OP, "c", a.c, 1)?;
-    check_least(OP, "x", a.x.len(), a.t * a.c)?;
-    check_least(OP, "tokens", a.tokens.len(), a.t)?;
-    check_least(OP, "table", a.table.len(), a.v * a.c)?;
+    at_least(OP, "c", a.c, 1)?;
+    at_least(OP, "x", a.x.len(), a.t * a.c)?;
+    at_least(OP, "tokens", a.tokens.len(), a.t)?;
+    at_least(OP, "table", a.table.len(), a.v * a.c)?;
     let args = ffi::embedding::Embedding {
         x: cuda.ptr_mut(&a.x)?,
         tokens: cuda.ptr(&a.tokens)?,

@@ -70,7 +70,7 @@ pub fn gemm(cuda: &Cuda, g: Gemm) -> Result<()> {
         check_pair(OP, pair, g.m, b_shape(pair.k))?;
     }
     if let Some(bias) = &g.bias {
-        super::check_least(OP, "bias", bias.len(), g.n)?;
+        super::at_least(OP, "bias", bias.len(), g.n)?;
     }
     let (c, c_dtype) = match &g.c {
         Out::Bf16(c) => (cuda.ptr_mut(c)?.cast(), ffi::Dtype::Bf16),
@@ -161,5 +161,5 @@ pub(super) fn check_matrix(
     if ld < cols || ld > u32::MAX as usize {
         return Err(Error::Shape { op, argument: stride, found: ld, expected: ld.clamp(cols, u32::MAX as usize) });
     }
-    super::check_least(op, name, len, (rows - 1) * ld + cols)
+    super::at_least(op, name, len, (rows - 1) * ld + cols)
 }

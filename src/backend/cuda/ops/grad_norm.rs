@@ -1,6 +1,6 @@
 //! csrc/grad_norm.cu behind checks.
 
-use super::{check_least, ffi};
+use super::{at_least, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::Result;
@@ -20,8 +20,8 @@ pub struct GradNorm<'a> {
 
 pub fn grad_norm(cuda: &Cuda, a: GradNorm) -> Result<()> {
     const OP: &str = "grad_norm";
-    check_least(OP, "norm", a.norm.len(), 1)?;
-    check_least(OP, "partial", a.partial.len(), GRAD_NORM_PARTIALS)?;
+    at_least(OP, "norm", a.norm.len(), 1)?;
+    at_least(OP, "partial", a.partial.len(), GRAD_NORM_PARTIALS)?;
     let args = ffi::grad_norm::GradNorm {
         norm: cuda.ptr_mut(&a.norm)?,
         grads: cuda.ptr(&a.grads)?,

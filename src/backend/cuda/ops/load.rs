@@ -6,7 +6,7 @@ use std::ptr::null_mut;
 use half::bf16;
 
 use super::nf4::Source;
-use super::{check, check_least, ffi};
+use super::{at_least, exactly, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::ViewMut;
 use crate::error::Result;
@@ -28,10 +28,10 @@ pub fn load_dense(cuda: &Cuda, a: LoadDense) -> Result<()> {
         Source::Bf16(x) => (cuda.ptr(&x)?.cast(), x.len(), ffi::Dtype::Bf16),
         Source::F16(x) => (cuda.ptr(&x)?.cast(), x.len(), ffi::Dtype::F16),
     };
-    check_least(OP, "bad", a.bad.len(), 1)?;
+    at_least(OP, "bad", a.bad.len(), 1)?;
     let out = match a.out {
         Some(out) => {
-            check(OP, "out", out.len(), n)?;
+            exactly(OP, "out", out.len(), n)?;
             cuda.ptr_mut(&out)?
         }
         None => null_mut(),

@@ -6,7 +6,7 @@ use std::ptr::null;
 
 use half::bf16;
 
-use super::{check, check_least, ffi};
+use super::{at_least, exactly, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::{Error, Result};
@@ -122,9 +122,9 @@ pub fn lora_forward(cuda: &Cuda, a: LoraForward) -> Result<()> {
     const OP: &str = "lora_forward";
     let group = group(cuda, OP, &a.lora, a.parts, a.r, Uses { k: Some(a.k), n: None, whole: true })?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
-    check_least(OP, "h", a.h.len(), a.t * a.r)?;
-    check_least(OP, "x", a.x.len(), a.t * a.k)?;
-    check_least(OP, "scratch", a.scratch.len(), lora_scratch(a.t, a.k, 0, a.r))?;
+    at_least(OP, "h", a.h.len(), a.t * a.r)?;
+    at_least(OP, "x", a.x.len(), a.t * a.k)?;
+    at_least(OP, "scratch", a.scratch.len(), lora_scratch(a.t, a.k, 0, a.r))?;
     let args = ffi::lora::LoraForward {
         group,
         dropout,
@@ -143,8 +143,8 @@ pub fn lora_forward(cuda: &Cuda, a: LoraForward) -> Result<()> {
 pub fn lora_expand(cuda: &Cuda, a: LoraExpand) -> Result<()> {
     const OP: &str = "lora_expand";
     let group = group(cuda, OP, &a.lora, a.parts, a.r, Uses { k: None, n: Some(a.n), whole: false })?;
-    check_least(OP, "y", a.y.len(), a.t * a.n)?;
-    check_least(OP, "h", a.h.len(), a.t * a.r)?;
+    at_least(OP, "y", a.y.len(), a.t * a.n)?;
+    at_least(OP, "h", a.h.len(), a.t * a.r)?;
     let args = ffi::lora::LoraExpand {
         group,
         y: cuda.ptr_mut(&a.y)?,
@@ -160,12 +160,12 @@ pub fn lora_backward(cuda: &Cuda, a: LoraBackward) -> Result<()> {
     const OP: &str = "lora_backward";
     let group = group(cuda, OP, &a.lora, a.parts, a.r, Uses { k: Some(a.k), n: Some(a.n), whole: true })?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
-    check_least(OP, "dh", a.dh.len(), a.t * a.r)?;
-    check_least(OP, "d_lora", a.d_lora.len(), end(a.parts, Some(a.k), true))?;
-    check_least(OP, "dy", a.dy.len(), a.t * a.n)?;
-    check_least(OP, "x", a.x.len(), a.t * a.k)?;
-    check_least(OP, "h", a.h.len(), a.t * a.r)?;
-    check_least(OP, "scratch", a.scratch.len(), lora_scratch(a.t, a.k, a.n, a.r))?;
+    at_least(OP, "dh", a.dh.len(), a.t * a.r)?;
+    at_least(OP, "d_lora", a.d_lora.len(), end(a.parts, Some(a.k), true))?;
+    at_least(OP, "dy", a.dy.len(), a.t * a.n)?;
+    at_least(OP, "x", a.x.len(), a.t * a.k)?;
+    at_least(OP, "h", a.h.len(), a.t * a.r)?;
+    at_least(OP, "scratch", a.scratch.len(), lora_scratch(a.t, a.k, a.n, a.r))?;
     let args = ffi::lora::LoraBackward {
         group,
         dropout,
@@ -189,8 +189,8 @@ pub fn lora_backward_x(cuda: &Cuda, a: LoraBackwardX) -> Result<()> {
     const OP: &str = "lora_backward_x";
     let group = group(cuda, OP, &a.lora, a.parts, a.r, Uses { k: Some(a.k), n: None, whole: false })?;
     let dropout = dropout(cuda, OP, a.dropout.as_ref())?;
-    check_least(OP, "dx", a.dx.len(), a.t * a.k)?;
-    check_least(OP, "dh", a.dh.len(), a.t * a.r)?;
+    at_least(OP, "dx", a.dx.len(), a.t * a.k)?;
+    at_least(OP, "dh", a.dh.len(), a.t * a.r)?;
     let args = ffi::lora::LoraBackwardX {
         group,
         dropout,
@@ -236,9 +236,9 @@ fn group(
         return Err(Error::Shape { op, argument: "parts", found: parts.len(), expected: MAX_PARTS });
     }
     if let Some(k) = k {
-        check_least(op, "k", k, 1)?;
+        at_least(op, "k", k, 1)?;
     }
-    check_least(op, "lora", lora.len(), end(parts, k, n.is_some()))?;
+    at_least(op, "lora", lora.len(), end(parts, k, n.is_some()))?;
     let mut out = ffi::lora::LoraGroup {
         parts: Default::default(),
         lora: cuda.ptr(lora)?,
@@ -247,16 +247,16 @@ fn group(
     };
     let mut h = 0;
     for (part, out) in parts.iter().zip(&mut out.parts) {
-        check_least(op, "parts (r)", part.r, 1)?;
-        check_least(op, "parts (highest r)", MAX_RANK, part.r)?;
+        at_least(op, "parts (r)", part.r, 1)?;
+        at_least(op, "parts (highest r)", MAX_RANK, part.r)?;
         if whole {
-            check(op, "parts (h)", part.h, h)?;
+            exactly(op, "parts (h)", part.h, h)?;
         }
-        check_least(op, "r", r, part.h.saturating_add(part.r))?;
+        at_least(op, "r", r, part.h.saturating_add(part.r))?;
         h += part.r;
         if let Some(n) = n {
-            check_least(op, "parts (n)", part.n, 1)?;
-            check_least(op, "n", n, part.y + part.n)?;
+            at_least(op, "parts (n)", part.n, 1)?;
+            at_least(op, "n", n, part.y + part.n)?;
         }
         *out = ffi::lora::LoraPart {
             a: part.a as u64,
@@ -270,7 +270,7 @@ fn group(
         };
     }
     if whole {
-        check(op, "r", r, h)?;
+        exactly(op, "r", r, h)?;
     }
     Ok(out)
 }
@@ -279,7 +279,7 @@ fn dropout(cuda: &Cuda, op: &'static str, mask: Option<&DropoutMask>) -> Result<
     let Some(mask) = mask.filter(|m| m.p > 0.0) else {
         return Ok(ffi::lora::LoraDropout { step: null(), seed: 0, threshold: 0, inverse: 1.0 });
     };
-    check_least(op, "step", mask.step.len(), 1)?;
+    at_least(op, "step", mask.step.len(), 1)?;
     if mask.p >= 1.0 {
         return Err(Error::Shape { op, argument: "p (below 1)", found: 1, expected: 0 });
     }

@@ -19,6 +19,7 @@ pub mod swiglu;
 
 use super::{Cuda, ffi};
 use crate::backend::Heads;
+use crate::backend::shape::{at_least, exactly};
 use crate::error::{Error, Result};
 
 impl Cuda {
@@ -29,22 +30,12 @@ impl Cuda {
     }
 }
 
-/// An argument must have exactly `expected` elements.
-fn check(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
-}
-
-/// An argument must have `expected` elements or more: buffers are made for the largest micro-batch.
-fn check_least(op: &'static str, argument: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found >= expected { Ok(()) } else { Err(Error::Shape { op, argument, found, expected }) }
-}
-
 /// H query heads in groups of H/G, an even head size, a window that sees something.
 fn check_heads(op: &'static str, heads: Heads) -> Result<()> {
-    check_least(op, "heads.d", heads.d, 1)?;
-    check(op, "heads.d (even)", heads.d % 2, 0)?;
+    at_least(op, "heads.d", heads.d, 1)?;
+    exactly(op, "heads.d (even)", heads.d % 2, 0)?;
     if heads.g == 0 || !heads.h.is_multiple_of(heads.g) {
         return Err(Error::Shape { op, argument: "heads", found: heads.h, expected: heads.g });
     }
-    check_least(op, "window", heads.window.unwrap_or(1), 1)
+    at_least(op, "window", heads.window.unwrap_or(1), 1)
 }

@@ -5,7 +5,7 @@ use std::ptr::null;
 
 use half::{bf16, f16};
 
-use super::{check, check_least, ffi};
+use super::{at_least, exactly, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::{Error, Result};
@@ -105,8 +105,8 @@ pub fn nf4_quantize(cuda: &Cuda, a: Nf4Quantize) -> Result<()> {
         Source::Bf16(x) => (cuda.ptr(&x)?.cast(), x.len(), ffi::Dtype::Bf16),
         Source::F16(x) => (cuda.ptr(&x)?.cast(), x.len(), ffi::Dtype::F16),
     };
-    check(OP, "packed", a.packed.len(), n.div_ceil(2))?;
-    check(OP, "absmax", a.absmax.len(), n.div_ceil(BLOCK))?;
+    exactly(OP, "packed", a.packed.len(), n.div_ceil(2))?;
+    exactly(OP, "absmax", a.absmax.len(), n.div_ceil(BLOCK))?;
     let args = ffi::nf4::Nf4Quantize {
         packed: cuda.ptr_mut(&a.packed)?,
         absmax: cuda.ptr_mut(&a.absmax)?,
@@ -123,10 +123,10 @@ pub fn nf4_quantize(cuda: &Cuda, a: Nf4Quantize) -> Result<()> {
 pub fn nf4_double_quantize(cuda: &Cuda, a: Nf4DoubleQuantize) -> Result<()> {
     const OP: &str = "nf4_double_quantize";
     let blocks = a.absmax.len();
-    check(OP, "codes", a.codes.len(), blocks)?;
-    check(OP, "nested_absmax", a.nested_absmax.len(), blocks.div_ceil(NESTED_BLOCK))?;
-    check(OP, "offset", a.offset.len(), 1)?;
-    check(OP, "scratch", a.scratch.len(), DOUBLE_QUANTIZE_SCRATCH)?;
+    exactly(OP, "codes", a.codes.len(), blocks)?;
+    exactly(OP, "nested_absmax", a.nested_absmax.len(), blocks.div_ceil(NESTED_BLOCK))?;
+    exactly(OP, "offset", a.offset.len(), 1)?;
+    exactly(OP, "scratch", a.scratch.len(), DOUBLE_QUANTIZE_SCRATCH)?;
     let args = ffi::nf4::Nf4DoubleQuantize {
         codes: cuda.ptr_mut(&a.codes)?,
         nested_absmax: cuda.ptr_mut(&a.nested_absmax)?,
@@ -145,7 +145,7 @@ pub fn nf4_dequantize(cuda: &Cuda, a: Nf4Dequantize) -> Result<()> {
         Output::F32(out) => (cuda.ptr_mut(&out)?.cast::<c_void>(), out.len(), ffi::Dtype::F32),
         Output::Bf16(out) => (cuda.ptr_mut(&out)?.cast(), out.len(), ffi::Dtype::Bf16),
     };
-    check(OP, "packed", a.packed.len(), n.div_ceil(2))?;
+    exactly(OP, "packed", a.packed.len(), n.div_ceil(2))?;
     let absmax = absmax_args(cuda, OP, &a.absmax, n.div_ceil(BLOCK))?;
     let args = ffi::nf4::Nf4Dequantize {
         out,
@@ -171,7 +171,7 @@ pub fn nf4_dequantize_rows(cuda: &Cuda, a: Nf4DequantizeRows) -> Result<()> {
             expected: a.w.n,
         });
     }
-    check_least(OP, "out", a.out.len(), a.rows * a.w.k)?;
+    at_least(OP, "out", a.out.len(), a.rows * a.w.k)?;
     let args = ffi::nf4::Nf4DequantizeRange {
         out: cuda.ptr_mut(&a.out)?,
         packed: cuda.ptr(&a.w.packed)?,
@@ -188,7 +188,7 @@ pub fn nf4_dequantize_rows(cuda: &Cuda, a: Nf4DequantizeRows) -> Result<()> {
 pub(super) fn check_weight(cuda: &Cuda, op: &'static str, w: &Nf4Weight) -> Result<ffi::nf4::Nf4Absmax> {
     let len = w.n.checked_mul(w.k);
     let len = len.ok_or(Error::Shape { op, argument: "w.n * w.k", found: usize::MAX, expected: 2 * w.packed.len() })?;
-    check(op, "w.packed", w.packed.len(), len.div_ceil(2))?;
+    exactly(op, "w.packed", w.packed.len(), len.div_ceil(2))?;
     absmax_args(cuda, op, &w.absmax, len.div_ceil(BLOCK))
 }
 
@@ -196,13 +196,13 @@ pub(super) fn check_weight(cuda: &Cuda, op: &'static str, w: &Nf4Weight) -> Resu
 fn absmax_args(cuda: &Cuda, op: &'static str, absmax: &Absmax, blocks: usize) -> Result<ffi::nf4::Nf4Absmax> {
     match absmax {
         Absmax::Plain(absmax) => {
-            check(op, "absmax", absmax.len(), blocks)?;
+            exactly(op, "absmax", absmax.len(), blocks)?;
             Ok(ffi::nf4::Nf4Absmax { absmax: cuda.ptr(absmax)?, codes: null(), nested_absmax: null(), offset: null() })
         }
         Absmax::Double { codes, nested_absmax, offset } => {
-            check(op, "codes", codes.len(), blocks)?;
-            check(op, "nested_absmax", nested_absmax.len(), blocks.div_ceil(NESTED_BLOCK))?;
-            check(op, "offset", offset.len(), 1)?;
+            exactly(op, "codes", codes.len(), blocks)?;
+            exactly(op, "nested_absmax", nested_absmax.len(), blocks.div_ceil(NESTED_BLOCK))?;
+            exactly(op, "offset", offset.len(), 1)?;
             Ok(ffi::nf4::Nf4Absmax {
                 absmax: null(),
                 codes: cuda.ptr(codes)?,

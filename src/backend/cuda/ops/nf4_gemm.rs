@@ -7,7 +7,7 @@ use half::bf16;
 pub use super::nf4::Nf4Weight;
 
 use super::gemm::{Pair, PairArgs, check_matrix, check_pair, check_size};
-use super::{check_least, ffi, nf4};
+use super::{at_least, ffi, nf4};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::Result;
@@ -62,7 +62,7 @@ pub fn nf4_gemm(cuda: &Cuda, g: Nf4Gemm) -> Result<()> {
         check_pair(OP, pair, g.m, b)?;
     }
     if let Some(bias) = &g.bias {
-        check_least(OP, "bias", bias.len(), cols)?;
+        at_least(OP, "bias", bias.len(), cols)?;
     }
     let pair = PairArgs::new(cuda, g.pair.as_ref())?;
     let args = ffi::nf4_gemm::Nf4Gemm {

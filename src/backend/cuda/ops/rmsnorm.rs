@@ -4,7 +4,7 @@ use std::ptr::{null, null_mut};
 
 use half::bf16;
 
-use super::{check_heads, check_least, ffi};
+use super::{at_least, check_heads, ffi};
 use crate::backend::Heads;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
@@ -74,15 +74,15 @@ pub struct HeadNormBackward<'a> {
 pub fn rmsnorm_forward(cuda: &Cuda, a: RmsNormForward) -> Result<()> {
     const OP: &str = "rmsnorm_forward";
     let n = a.t * a.c;
-    check_least(OP, "c", a.c, 1)?;
-    check_least(OP, "y", a.y.len(), n)?;
-    check_least(OP, "rstd", a.rstd.len(), a.t)?;
-    check_least(OP, "x", a.x.len(), n)?;
-    check_least(OP, "w", a.w.len(), a.c)?;
+    at_least(OP, "c", a.c, 1)?;
+    at_least(OP, "y", a.y.len(), n)?;
+    at_least(OP, "rstd", a.rstd.len(), a.t)?;
+    at_least(OP, "x", a.x.len(), n)?;
+    at_least(OP, "w", a.w.len(), a.c)?;
     let (delta, s) = match &a.residual {
         Some((delta, s)) => {
-            check_least(OP, "delta", delta.len(), n)?;
-            check_least(OP, "s", s.len(), n)?;
+            at_least(OP, "delta", delta.len(), n)?;
+            at_least(OP, "s", s.len(), n)?;
             (cuda.ptr(delta)?, cuda.ptr_mut(s)?)
         }
         None => (null(), null_mut()),
@@ -106,12 +106,12 @@ pub fn rmsnorm_forward(cuda: &Cuda, a: RmsNormForward) -> Result<()> {
 pub fn rmsnorm_backward(cuda: &Cuda, a: RmsNormBackward) -> Result<()> {
     const OP: &str = "rmsnorm_backward";
     let n = a.t * a.c;
-    check_least(OP, "c", a.c, 1)?;
-    check_least(OP, "dx", a.dx.len(), n)?;
-    check_least(OP, "dy", a.dy.len(), n)?;
-    check_least(OP, "x", a.x.len(), n)?;
-    check_least(OP, "w", a.w.len(), a.c)?;
-    check_least(OP, "rstd", a.rstd.len(), a.t)?;
+    at_least(OP, "c", a.c, 1)?;
+    at_least(OP, "dx", a.dx.len(), n)?;
+    at_least(OP, "dy", a.dy.len(), n)?;
+    at_least(OP, "x", a.x.len(), n)?;
+    at_least(OP, "w", a.w.len(), a.c)?;
+    at_least(OP, "rstd", a.rstd.len(), a.t)?;
     let args = ffi::rmsnorm::RmsNormBackward {
         dx: cuda.ptr_mut(&a.dx)?,
         dy: cuda.ptr(&a.dy)?,
@@ -129,11 +129,11 @@ pub fn head_norm_forward(cuda: &Cuda, a: HeadNormForward) -> Result<()> {
     const OP: &str = "head_norm_forward";
     check_heads(OP, a.heads)?;
     let (n, d) = (a.t * a.heads.qkv(), a.heads.d);
-    check_least(OP, "y", a.y.len(), n)?;
-    check_least(OP, "rstd", a.rstd.len(), a.t * (a.heads.h + a.heads.g))?;
-    check_least(OP, "x", a.x.len(), n)?;
-    check_least(OP, "q_w", a.q_w.len(), d)?;
-    check_least(OP, "k_w", a.k_w.len(), d)?;
+    at_least(OP, "y", a.y.len(), n)?;
+    at_least(OP, "rstd", a.rstd.len(), a.t * (a.heads.h + a.heads.g))?;
+    at_least(OP, "x", a.x.len(), n)?;
+    at_least(OP, "q_w", a.q_w.len(), d)?;
+    at_least(OP, "k_w", a.k_w.len(), d)?;
     let args = ffi::rmsnorm::HeadNormForward {
         y: cuda.ptr_mut(&a.y)?,
         rstd: cuda.ptr_mut(&a.rstd)?,
@@ -154,11 +154,11 @@ pub fn head_norm_backward(cuda: &Cuda, a: HeadNormBackward) -> Result<()> {
     const OP: &str = "head_norm_backward";
     check_heads(OP, a.heads)?;
     let (n, d) = (a.t * a.heads.qkv(), a.heads.d);
-    check_least(OP, "dqkv", a.dqkv.len(), n)?;
-    check_least(OP, "x", a.x.len(), n)?;
-    check_least(OP, "rstd", a.rstd.len(), a.t * (a.heads.h + a.heads.g))?;
-    check_least(OP, "q_w", a.q_w.len(), d)?;
-    check_least(OP, "k_w", a.k_w.len(), d)?;
+    at_least(OP, "dqkv", a.dqkv.len(), n)?;
+    at_least(OP, "x", a.x.len(), n)?;
+    at_least(OP, "rstd", a.rstd.len(), a.t * (a.heads.h + a.heads.g))?;
+    at_least(OP, "q_w", a.q_w.len(), d)?;
+    at_least(OP, "k_w", a.k_w.len(), d)?;
     let args = ffi::rmsnorm::HeadNormBackward {
         dqkv: cuda.ptr_mut(&a.dqkv)?,
         x: cuda.ptr(&a.x)?,

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{check_heads, check_least, ffi};
+use super::{at_least, check_heads, ffi};
 use crate::backend::Heads;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
@@ -38,9 +38,9 @@ pub fn rope_backward(cuda: &Cuda, a: Rope) -> Result<()> {
 
 fn checked(op: &'static str, cuda: &Cuda, a: Rope) -> Result<ffi::rope::Rope> {
     check_heads(op, a.heads)?;
-    check_least(op, "qkv", a.qkv.len(), a.t * a.heads.qkv())?;
-    check_least(op, "positions", a.positions.len(), a.t)?;
-    check_least(op, "inv_freq", a.inv_freq.len(), a.heads.d / 2)?;
+    at_least(op, "qkv", a.qkv.len(), a.t * a.heads.qkv())?;
+    at_least(op, "positions", a.positions.len(), a.t)?;
+    at_least(op, "inv_freq", a.inv_freq.len(), a.heads.d / 2)?;
     Ok(ffi::rope::Rope {
         qkv: cuda.ptr_mut(&a.qkv)?,
         positions: cuda.ptr(&a.positions)?,

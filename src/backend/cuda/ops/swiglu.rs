@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::{check_least, ffi};
+use super::{at_least, ffi};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{View, ViewMut};
 use crate::error::Result;
@@ -28,9 +28,9 @@ pub struct SwigluBackward<'a> {
 
 pub fn swiglu_forward(cuda: &Cuda, a: SwigluForward) -> Result<()> {
     const OP: &str = "swiglu_forward";
-    check_least(OP, "f", a.f, 1)?;
-    check_least(OP, "y", a.y.len(), a.t * a.f)?;
-    check_least(OP, "gate_up", a.gate_up.len(), 2 * a.t * a.f)?;
+    at_least(OP, "f", a.f, 1)?;
+    at_least(OP, "y", a.y.len(), a.t * a.f)?;
+    at_least(OP, "gate_up", a.gate_up.len(), 2 * a.t * a.f)?;
     let args = ffi::swiglu::SwigluForward {
         y: cuda.ptr_mut(&a.y)?,
         gate_up: cuda.ptr(&a.gate_up)?,
@@ -44,9 +44,9 @@ pub fn swiglu_forward(cuda: &Cuda, a: SwigluForward) -> Result<()> {
 
 pub fn swiglu_backward(cuda: &Cuda, a: SwigluBackward) -> Result<()> {
     const OP: &str = "swiglu_backward";
-    check_least(OP, "f", a.f, 1)?;
-    check_least(OP, "gate_up", a.gate_up.len(), 2 * a.t * a.f)?;
-    check_least(OP, "dy", a.dy.len(), a.t * a.f)?;
+    at_least(OP, "f", a.f, 1)?;
+    at_least(OP, "gate_up", a.gate_up.len(), 2 * a.t * a.f)?;
+    at_least(OP, "dy", a.dy.len(), a.t * a.f)?;
     let args = ffi::swiglu::SwigluBackward {
         gate_up: cuda.ptr_mut(&a.gate_up)?,
         dy: cuda.ptr(&a.dy)?,
