@@ -4,7 +4,8 @@ use half::bf16;
 
 use crate::checkpoint::random::repeated;
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, Proj, WeightSource};
+use crate::model::shapes::{projection_dims, vector_len};
+use crate::model::{ModelConfig, WeightSource};
 use crate::nf4::{Absmax, BLOCK, NESTED_BLOCK, QuantType, Quantized};
 use crate::rng::{Stream, word};
 use crate::tensor::{Dtype, HostMatrix, HostTensor};
@@ -43,19 +44,15 @@ impl RandomWeights {
 
 impl WeightSource for RandomWeights {
     fn vector(&mut self, name: &str) -> Result<HostTensor> {
-        let c = &self.config;
-        let (n, value) = match Proj::ALL.into_iter().find(|p| name.contains(&format!(".{}.", p.short_name()))) {
-            Some(proj) => (c.dims(proj).0, 0.0),
-            None if name.contains("q_norm") || name.contains("k_norm") => (c.head_dim, 1.0),
-            None if name.ends_with("norm.weight") => (c.hidden_size, 1.0),
-            None => return Err(Error::input("random weights", name, "no such vector", "a norm or a bias")),
-        };
+        let unknown = || Error::input("random weights", name, "no such vector", "a norm or a bias");
+        let n = vector_len(&self.config, name).ok_or_else(unknown)?;
+        // Norms of one, biases of zero.
+        let value = if projection_dims(&self.config, name).is_some() { 0.0 } else { 1.0 };
         Ok(HostTensor::from_f32(vec![n], &vec![value; n]))
     }
 
     fn matrix(&mut self, name: &str) -> Result<HostMatrix> {
-        if let Some(proj) = Proj::ALL.into_iter().find(|p| name.contains(&format!(".{}.", p.short_name()))) {
-            let (n, k) = self.config.dims(proj);
+        if let Some((n, k)) = projection_dims(&self.config, name) {
             return Ok(HostMatrix::Quantized(self.quantized(n, k)));
         }
         let (v, c) = (self.config.vocab_size, self.config.hidden_size);

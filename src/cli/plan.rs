@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use halfbyte::backend::Item;
-use halfbyte::checkpoint::{ModelDir, QuantConfig};
+use halfbyte::checkpoint::ModelDir;
 use halfbyte::memory::{self, CARDS, Card, Mode, Plan, Request};
 use halfbyte::model::shapes::Format;
 use halfbyte::model::{AdapterLayout, HostAdapter, LoraConfig, ModelConfig, TargetModules};
@@ -96,7 +96,7 @@ pub fn run(args: PlanArgs) -> Result<()> {
     };
     let format = |name: &str| match &dir {
         Some(dir) => dir.format(name, quantize),
-        None => format_of_shape(name, quantize),
+        None => Format::of(name, quantize),
     };
     let (card, budget) = card(&args)?;
     let tokens = micro_batch("--max-length", args.batch, args.max_length)?;
@@ -156,14 +156,6 @@ pub fn run(args: PlanArgs) -> Result<()> {
         None => put!(out, "largest batch of this length: none fits")?,
     }
     out.flush()
-}
-
-fn format_of_shape(name: &str, quantize: Option<QuantConfig>) -> Format {
-    let projection = !name.contains("embed_tokens") && !name.contains("lm_head");
-    match quantize.filter(|_| projection) {
-        Some(q) => Format::FourBit { double_quant: q.double_quant },
-        None => Format::Dense,
-    }
 }
 
 /// The card of `--gpu`, or the one in this machine, and the budget.

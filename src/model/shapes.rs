@@ -3,7 +3,7 @@
 use super::WeightSource;
 use super::config::{Family, ModelConfig, Proj, RopeScaling};
 use crate::error::{Error, Result};
-use crate::nf4::{Absmax, QuantType, Quantized};
+use crate::nf4::{Absmax, QuantConfig, QuantType, Quantized};
 use crate::tensor::{Dtype, HostMatrix, HostTensor};
 
 /// Names that [`shape`] knows.
@@ -149,12 +149,18 @@ pub enum Format {
 }
 
 impl Format {
-    /// Of the random weights of the benchmarks: embedding and head in 16 bits, projections in 4 with double quantisation.
-    pub fn of_random(name: &str) -> Self {
-        match name.contains("embed_tokens") || name.contains("lm_head") {
-            true => Self::Dense,
-            false => Self::FourBit { double_quant: true },
+    /// Of the matrix `name` where `quantize` says how projections go into 4 bits; embedding and head stay in 16.
+    pub fn of(name: &str, quantize: Option<QuantConfig>) -> Self {
+        let projection = !name.contains("embed_tokens") && !name.contains("lm_head");
+        match quantize.filter(|_| projection) {
+            Some(q) => Self::FourBit { double_quant: q.double_quant },
+            None => Self::Dense,
         }
+    }
+
+    /// Of the random weights of the benchmarks: NF4 with double quantisation.
+    pub fn of_random(name: &str) -> Self {
+        Self::of(name, Some(QuantConfig { quant_type: QuantType::Nf4, double_quant: true }))
     }
 }
 
@@ -165,28 +171,32 @@ pub struct ShapeSource<'a> {
     pub format: &'a dyn Fn(&str) -> Format,
 }
 
-impl ShapeSource<'_> {
-    /// (N, K) of the projection that a tensor belongs to.
-    fn dims(&self, name: &str) -> Option<(usize, usize)> {
-        let of = |p: &Proj| name.split('.').any(|part| part == p.short_name());
-        Proj::ALL.iter().find(|p| of(p)).map(|&p| self.config.dims(p))
+/// (N, K) of the projection that the tensor `name` belongs to.
+pub fn projection_dims(config: &ModelConfig, name: &str) -> Option<(usize, usize)> {
+    let of = |p: &Proj| name.split('.').any(|part| part == p.short_name());
+    Proj::ALL.iter().find(|p| of(p)).map(|&p| config.dims(p))
+}
+
+/// Elements of the norm or bias `name`.
+pub fn vector_len(config: &ModelConfig, name: &str) -> Option<usize> {
+    match projection_dims(config, name) {
+        Some((n, _)) => Some(n),
+        None if name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight") => Some(config.head_dim),
+        None if name.ends_with("norm.weight") => Some(config.hidden_size),
+        None => None,
     }
 }
 
 impl WeightSource for ShapeSource<'_> {
     fn vector(&mut self, name: &str) -> Result<HostTensor> {
-        let len = match self.dims(name) {
-            Some((n, _)) => n,
-            None if name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight") => self.config.head_dim,
-            None if name.ends_with("norm.weight") => self.config.hidden_size,
-            None => return Err(Error::input("shapes", name, "an unknown vector", "a norm or a bias")),
-        };
+        let unknown = || Error::input("shapes", name, "an unknown vector", "a norm or a bias");
+        let len = vector_len(self.config, name).ok_or_else(unknown)?;
         Ok(HostTensor::from_f32(vec![len], &vec![0.0; len]))
     }
 
     fn matrix(&mut self, name: &str) -> Result<HostMatrix> {
         let (v, c) = (self.config.vocab_size, self.config.hidden_size);
-        let (n, k) = self.dims(name).unwrap_or((v, c));
+        let (n, k) = projection_dims(self.config, name).unwrap_or((v, c));
         let (shape, source_dtype) = (vec![n, k], Dtype::Bf16);
         let absmax = match (self.format)(name) {
             Format::Dense => return Ok(HostMatrix::Dense(HostTensor::shape_only(source_dtype, shape))),

@@ -61,13 +61,6 @@ impl Cuda {
         Ok(2.0 * (m * n) as f64 * k as f64 / self.seconds(product)?)
     }
 
-    /// Bytes a second that a copy inside device memory reads and writes. Buffers of its own, far larger than any cache.
-    pub fn copy_rate(&self) -> Result<f64> {
-        const BYTES: usize = 512 << 20;
-        let (from, mut to) = (self.zeros::<u8>(BYTES)?, self.zeros::<u8>(BYTES)?);
-        Ok(2.0 * BYTES as f64 / self.seconds(|| self.copy(to.view_mut(), from.view()))?)
-    }
-
     /// Bytes a second from pinned host memory to the device. Buffers of its own.
     pub fn upload_rate(&self) -> Result<f64> {
         const BYTES: usize = 256 << 20;
