@@ -71,6 +71,10 @@ pub trait Backend: Sized {
     fn free_memory(&self) -> Result<Option<usize>> {
         Ok(None)
     }
+    /// Lets go of what an earlier model of the process needed beside its own buffers: scratch, recorded steps, its reservation.
+    fn release(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Takes the one allocation that all buffers from now on are cut from: what `memory::plan` has counted.
     fn reserve(&mut self, _bytes: usize) -> Result<()> {
         Ok(())

@@ -126,6 +126,7 @@ pub fn reserve<B: Backend>(
     max_tokens: usize,
     room: &Room,
 ) -> Result<()> {
+    backend.release()?;
     let Some(free) = backend.free_memory()? else { return Ok(()) };
     let (batch, cache) = match room {
         Room::Batch => (true, 0),

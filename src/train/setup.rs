@@ -103,6 +103,7 @@ pub fn plan<B: Backend>(
     max_tokens: usize,
     ui: &mut dyn Ui,
 ) -> Result<Option<Plan>> {
+    backend.release()?;
     let Some(free) = backend.free_memory()? else { return Ok(None) };
     let card = *Card::of_device(&backend.describe(), free);
     let device = memory::budget("memory", config.memory.as_deref(), free, &card)?;

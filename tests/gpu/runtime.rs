@@ -20,6 +20,7 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("runtime/a_failed_record_leaves_the_stream_usable", failed_record),
         Trial::test("runtime/a_step_neither_allocates_nor_waits", quiet),
         Trial::test("runtime/memory_is_counted_by_item", by_item),
+        Trial::test("runtime/a_second_large_model_finds_the_memory_of_the_first_free", released),
         Trial::test("runtime/a_head_size_without_a_kernel_is_refused_at_set_up", head_size),
     ]
 }
@@ -222,6 +223,28 @@ fn by_item() -> Outcome {
     let used = cuda.memory_by_item();
     assert_eq!((used[&Item::Scratch], used[&Item::Batch]), (256 + 4096, 256));
     assert_eq!(cuda.arena_use(), Some((256 + 4096 + 256, 1 << 20)));
+    Ok(())
+}
+
+fn released() -> Outcome {
+    const RESERVED: usize = 4 << 30;
+    // Modules and cuBLAS's own memory.
+    const SLACK: usize = 1 << 30;
+    let mut cuda = Cuda::open(0)?;
+    let needs = Needs { t: 64, c: 64, n: 128, v: 256, ..Needs::default() };
+    let start = cuda.memory()?.0;
+    for _ in 0..2 {
+        Backend::reserve(&mut cuda, RESERVED)?;
+        cuda.prepare(&needs)?;
+        let buffer = cuda.alloc_act(1000)?;
+        let taken = start.saturating_sub(cuda.memory()?.0);
+        assert!((RESERVED..RESERVED + SLACK).contains(&taken), "{taken} bytes are taken");
+        drop(buffer);
+    }
+    Backend::release(&mut cuda)?;
+    let kept = start.saturating_sub(cuda.memory()?.0);
+    assert!(kept < SLACK, "{kept} bytes are still held");
+    assert_eq!(cuda.arena_use(), None);
     Ok(())
 }
 

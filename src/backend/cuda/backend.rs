@@ -88,6 +88,10 @@ impl Backend for Cuda {
         Ok(Some(self.memory()?.0))
     }
 
+    fn release(&mut self) -> Result<()> {
+        Cuda::release(self)
+    }
+
     fn reserve(&mut self, bytes: usize) -> Result<()> {
         Cuda::reserve(self, bytes)
     }

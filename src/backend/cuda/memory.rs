@@ -169,8 +169,22 @@ impl<'a, T> ViewMut<'a, T> {
 }
 
 impl Cuda {
-    /// Makes the one allocation that every buffer from now on is cut from. [`Error::Cuda`] if the card has less free.
+    /// Drops what holds the arena beside the buffers cut from it: recorded steps, cuBLAS's workspace, the ops' scratch. The
+    /// driver has the memory back when the last buffer goes, here if none is left.
+    pub fn release(&mut self) -> Result<()> {
+        self.end_of_loading();
+        self.graphs.forget();
+        self.cublas = None;
+        self.scratch = None;
+        self.arena = None;
+        self.used.clear();
+        self.synchronize()
+    }
+
+    /// Makes the one allocation that every buffer from now on is cut from, after [`Cuda::release`]. [`Error::Cuda`] if the
+    /// card has less free.
     pub fn reserve(&mut self, bytes: usize) -> Result<()> {
+        self.release()?;
         self.calls.allocation();
         // SAFETY: the bytes are written before they are read: a buffer is zeroed or filled by whoever allocates it.
         let bytes = unsafe { self.stream.alloc::<u8>(bytes.max(1)) }.map_err(|e| self.refused(bytes, e))?;

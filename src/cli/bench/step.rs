@@ -209,9 +209,9 @@ fn measure<B: Backend>(
         None => None,
         Some(card) => {
             let format = |name: &str| Format::of_random(name);
-            let device = match &args.memory {
-                Some(text) => memory::parse_size("--memory", text)?,
-                None => memory::default_budget(free, &card),
+            let device = match free {
+                Some(free) => memory::budget("--memory", args.memory.as_deref(), free, &card)?,
+                None => memory::default_budget(None, &card),
             };
             Some(memory::plan(&Request {
                 config,
