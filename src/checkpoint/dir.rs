@@ -2,6 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
 
 use serde_json::{Map, Value};
 
@@ -16,6 +19,9 @@ use crate::model::{ModelConfig, WeightSource};
 use crate::nf4::serialize::{self, Part, QuantState};
 use crate::nf4::{QuantType, Quantized};
 use crate::tensor::{Dtype, HostMatrix, HostTensor};
+
+/// Bytes that the disk is asked for behind the weight that is being loaded.
+const READ_AHEAD: usize = 256 << 20;
 
 /// An open model directory.
 #[derive(Clone, Debug)]
@@ -88,7 +94,7 @@ impl ModelDir {
     /// are. A 4-bit directory is used as it is. Embedding, norms, biases and head always stay dense.
     /// NaN or infinite weights are an error naming file and tensor: of `vector` and, for matrices, of the upload.
     pub fn source(&self, quantize: Option<QuantConfig>) -> Result<Weights<'_>> {
-        Ok(Weights { dir: self, quantize: quantize.filter(|_| !self.is_quantized()) })
+        Ok(Weights { dir: self, quantize: quantize.filter(|_| !self.is_quantized()), ahead: None })
     }
 
     /// All weights, in the order of the graph.
@@ -137,6 +143,7 @@ impl ModelDir {
 
     /// A dense tensor, mapped, checked for NaN and infinities.
     pub fn dense(&self, name: &str) -> Result<HostTensor> {
+        self.file_of(name)?.will_need(name);
         let tensor = self.unchecked(name)?;
         tensor.check_finite()?;
         Ok(tensor)
@@ -145,7 +152,6 @@ impl ModelDir {
     /// A dense tensor, mapped. Whoever reads it looks for NaN and infinities.
     fn unchecked(&self, name: &str) -> Result<HostTensor> {
         let file = self.file_of(name)?;
-        file.will_need(name);
         Ok(file.dense(name)?.named(file.path(), name))
     }
 
@@ -351,6 +357,62 @@ pub fn parse_index(file: &Path, text: &str) -> Result<Vec<(String, String)>> {
 pub struct Weights<'a> {
     dir: &'a ModelDir,
     quantize: Option<QuantConfig>,
+    /// From the first matrix on.
+    ahead: Option<ReadAhead>,
+}
+
+/// Tells the kernel of the weights that come next, from a thread of its own: for pages that it has already, advice takes as
+/// long as loading them.
+struct ReadAhead {
+    /// So many weights, in the order of the graph, have been passed on.
+    told: usize,
+    /// Their numbers. The thread ends when this goes.
+    tell: Sender<usize>,
+    /// The weight that is being loaded: the thread is silent about those before it.
+    here: Arc<AtomicUsize>,
+}
+
+impl ReadAhead {
+    /// None where no thread is to be had.
+    fn new(dir: ModelDir) -> Option<Self> {
+        let (tell, told) = channel();
+        let here = Arc::new(AtomicUsize::new(0));
+        let now = here.clone();
+        let advise = move |i: usize| {
+            let name = &dir.weights[i].name;
+            // Advice only: where it fails the pages come as they are touched.
+            if let (true, Ok(file)) = (i >= now.load(Ordering::Relaxed), dir.file_of(name)) {
+                file.will_need(name);
+            }
+        };
+        let work = move || told.into_iter().for_each(advise);
+        std::thread::Builder::new().name("read-ahead".into()).spawn(work).ok()?;
+        Some(Self { told: 0, tell, here })
+    }
+
+    /// Weight `here` is being loaded: passes it on, and [`READ_AHEAD`] bytes behind it.
+    fn reach(&mut self, dir: &ModelDir, here: usize) -> Result<()> {
+        self.here.store(here, Ordering::Relaxed);
+        let mut behind = 0;
+        for (i, w) in dir.weights.iter().enumerate().skip(here) {
+            if i >= self.told {
+                // It fails if the thread is gone, and its advice with it.
+                let _ = self.tell.send(i);
+                self.told = i + 1;
+            }
+            behind += if i > here { dir.file_of(&w.name)?.parts(&w.name).map(|e| e.range.len()).sum() } else { 0 };
+            if behind >= READ_AHEAD {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ReadAhead {
+    fn drop(&mut self) {
+        self.here.store(usize::MAX, Ordering::Relaxed);
+    }
 }
 
 impl WeightSource for Weights<'_> {
@@ -359,15 +421,17 @@ impl WeightSource for Weights<'_> {
     }
 
     fn matrix(&mut self, name: &str) -> Result<HostMatrix> {
+        let here = self.dir.weights.iter().position(|w| w.name == name);
+        if self.ahead.is_none() {
+            self.ahead = ReadAhead::new(self.dir.clone());
+        }
+        if let (Some(here), Some(ahead)) = (here, &mut self.ahead) {
+            ahead.reach(self.dir, here)?;
+        }
         if self.dir.is_packed(name) {
             return self.dir.quantized(name).map(HostMatrix::Quantized);
         }
         let tensor = self.dir.unchecked(name)?;
-        // The disk reads the next tensor while this one goes to the device.
-        let here = self.dir.weights.iter().position(|w| w.name == name);
-        if let Some(next) = here.and_then(|here| self.dir.weights.get(here + 1)) {
-            self.dir.file_of(&next.name)?.will_need(&next.name);
-        }
         let projection = here.is_some_and(|here| self.dir.weights[here].role == Role::Projection);
         Ok(match self.quantize.filter(|_| projection) {
             Some(config) => HostMatrix::Quantize(tensor, config),

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::ops::Range;
+use std::ops::{Bound, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -22,6 +22,10 @@ use crate::tensor::{Dtype, HostTensor};
 
 /// The limit of the safetensors library: a longer header is refused unread.
 pub const MAX_HEADER: u64 = 100_000_000;
+
+/// Bytes of one MADV_WILLNEED. Of a longer one the kernel reads no more than the disk takes at a time (max_sectors_kb), and
+/// shorter ones are slower; so are page faults alone, and threads that read the file ahead of the map (bench load).
+const WILL_NEED: usize = 512 << 10;
 
 /// One tensor of a header.
 #[derive(Clone, Debug, PartialEq)]
@@ -96,6 +100,12 @@ impl SafeTensors {
         })
     }
 
+    /// A tensor and what belongs to it by name: of a weight in 4 bits `NAME.absmax` and the like.
+    pub fn parts<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Entry> {
+        let from = self.header.entries.range::<str, _>((Bound::Included(name), Bound::Unbounded));
+        from.take_while(move |(n, _)| n.starts_with(name)).map(|(_, e)| e)
+    }
+
     /// A tensor of any dtype. Errors: no such tensor.
     pub fn get(&self, name: &str) -> Result<View<'_>> {
         let e = self.entry(name)?;
@@ -111,11 +121,14 @@ impl SafeTensors {
         Ok(HostTensor::mapped(dtype, e.shape.clone(), self.map.clone(), e.range.clone()))
     }
 
-    /// Tells the kernel that a tensor will be read from end to end: reading ahead beats faulting page by page.
+    /// Tells the kernel that a tensor and its parts will be read, so that the disk is busy before a page is touched.
     pub fn will_need(&self, name: &str) {
-        if let Some(e) = self.header.entries.get(name) {
-            // Advice only: where it fails the pages come as they are touched.
-            let _ = self.map.advise_range(memmap2::Advice::WillNeed, e.range.start, e.range.len());
+        for e in self.parts(name) {
+            for start in e.range.clone().step_by(WILL_NEED) {
+                let len = WILL_NEED.min(e.range.end - start);
+                // Advice only: where it fails the pages come as they are touched.
+                let _ = self.map.advise_range(memmap2::Advice::WillNeed, start, len);
+            }
         }
     }
 

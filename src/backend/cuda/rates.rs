@@ -61,10 +61,10 @@ impl Cuda {
         Ok(2.0 * (m * n) as f64 * k as f64 / self.seconds(product)?)
     }
 
-    /// Bytes a second from pinned host memory to the device. Buffers of its own.
+    /// Bytes a second from pinned host memory to the device. Buffers of its own, beside the arena.
     pub fn upload_rate(&self) -> Result<f64> {
         const BYTES: usize = 256 << 20;
-        let mut to = self.zeros::<u8>(BYTES)?;
+        let mut to = self.allocate_alone::<u8>(BYTES)?;
         let mut from = Pinned::new(self, BYTES)?;
         let address = self.ptr_mut(&to.view_mut())? as u64;
         let copy = || {
