@@ -2,4 +2,5 @@
 
 pub mod decode;
 pub mod random_weights;
+pub mod results;
 pub mod step;
