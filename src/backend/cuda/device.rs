@@ -170,3 +170,13 @@ mod tests {
         }
     }
 }
+pub struct Reading {
+    pub driver: Option<String>,
+    pub sm_mhz: Option<u32>,
+    pub memory_mhz: Option<u32>,
+}
+impl Reading {
+    pub fn of(_: usize) -> Self {
+        Self { driver: None, sm_mhz: None, memory_mhz: None }
+    }
+}

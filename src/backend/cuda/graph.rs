@@ -111,7 +111,7 @@ impl Cuda {
 
     /// What `f` launches, without running it. None if it could not be recorded: work of another thread of the process can
     /// spoil a recording.
-    fn record(&mut self, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<CudaGraph>> {
+    pub(super) fn record(&mut self, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<CudaGraph>> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(|e| driver_error("cuStreamBeginCapture", e))?;
         self.graphs.recording = true;

@@ -19,6 +19,7 @@ pub mod ops;
 pub mod optimizer;
 mod rates;
 mod scratch;
+pub(crate) mod timing;
 pub mod transfer;
 
 use std::collections::BTreeMap;
@@ -178,6 +179,13 @@ impl Cuda {
             Kernels::Sm90 => Kernels::best(self.device.compute_capability),
         };
         self
+    }
+
+    /// [`Cuda::with_kernels`] in place; None gives the best.
+    pub fn use_kernels(&mut self, kernels: Option<Kernels>) {
+        let best = Kernels::best(self.device.compute_capability);
+        self.kernels = if kernels == Some(Kernels::Sm80) { Kernels::Sm80 } else { best };
+        self.graphs.forget();
     }
 
     /// Which kernels run.

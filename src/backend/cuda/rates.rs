@@ -61,6 +61,26 @@ impl Cuda {
         Ok(2.0 * (m * n) as f64 * k as f64 / self.seconds(product)?)
     }
 
+    /// Bytes a second, read and write counted, of the best of nine device-to-device copies of 512 MiB, which no cache holds.
+    pub fn copy_rate(&mut self) -> Result<f64> {
+        const BYTES: usize = 512 << 20;
+        let (mut to, mut from) = (self.allocate_alone::<u8>(BYTES)?, self.allocate_alone::<u8>(BYTES)?);
+        self.zero(from.view_mut())?;
+        let mut best = f64::INFINITY;
+        for _ in 0..=TIMINGS {
+            best = best.min(self.time_once(&mut |cuda| cuda.copy(to.view_mut(), from.view()))?);
+        }
+        Ok(2.0 * BYTES as f64 / best)
+    }
+
+    /// FLOP/s of the best of five large 16-bit products, as [`Cuda::gemm_rate`] times them.
+    pub fn product_rate(&self) -> Result<f64> {
+        let shapes =
+            [(8192, 4096, 4096), (8192, 14_336, 4096), (8192, 4096, 14_336), (8192, 8192, 8192), (4096, 28_672, 4096)];
+        let rates = shapes.map(|(m, n, k)| self.gemm_rate(m, n, k));
+        rates.into_iter().try_fold(0.0, |best: f64, rate| Ok(best.max(rate?)))
+    }
+
     /// Bytes a second from pinned host memory to the device. Buffers of its own, beside the arena.
     pub fn upload_rate(&self) -> Result<f64> {
         const BYTES: usize = 256 << 20;

@@ -72,6 +72,8 @@ pub enum Role {
 pub enum Fill {
     /// Random, evenly spread, mean 0, of this standard deviation; rounded to the element's type.
     Random(f32),
+    /// The same, repeating after so many elements: an oracle that sums over all rows then needs few different ones.
+    Periodic(f32, usize),
     /// Random bytes, each of 0..256.
     Bytes,
     Const(f32),

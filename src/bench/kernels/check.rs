@@ -10,10 +10,11 @@ use super::values::Inputs;
 
 /// Multiply-adds that the oracle may spend on one output.
 const BUDGET: usize = 8_000_000;
-/// Elements of a span where not all are compared.
+/// Elements of a span where not all are compared: at least, whatever they cost.
 const SPAN: usize = 32;
-/// Spans at least, whatever they cost.
+/// Spans at least, whatever they cost, and at most: each is a read of its own.
 const LEAST: usize = 3;
+const MOST: usize = 256;
 
 /// The spans of an output that are compared, in order, each inside one row. `budget`: multiply-adds to spend.
 pub fn spans(arg: &Arg, budget: usize) -> Vec<Range<usize>> {
@@ -24,8 +25,8 @@ pub fn spans(arg: &Arg, budget: usize) -> Vec<Range<usize>> {
     if len.saturating_mul(cost) <= budget {
         return (0..len).step_by(width).map(|start| start..(start + width).min(len)).collect();
     }
-    let span = SPAN.min(width);
-    let count = (budget / (span * cost)).max(LEAST).min(len / span);
+    let span = (budget / (MOST * cost)).max(SPAN).min(width);
+    let count = (budget / (span * cost)).clamp(LEAST, MOST).min(len / span);
     // Evenly spread over the rows, at columns that change: no tile's edge is always missed.
     let mut all: Vec<Range<usize>> = (0..count)
         .map(|i| {

@@ -1,10 +1,13 @@
 //! The buffers of a case on the device.
 
 use std::any::Any;
+use std::ops::Range;
 
+use bytemuck::Pod;
 use half::bf16;
 
 use super::case::{Arg, Element};
+use super::values::Column;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::{Buffer, View, ViewMut};
 use crate::error::Result;
@@ -46,6 +49,66 @@ impl Dev {
     }
 
     views!(bf16 bf16_mut Bf16 bf16, f32 f32_mut F32 f32, f64 f64_mut F64 f64, i32 i32_mut I32 i32, u8 u8_mut U8 u8);
+}
+
+impl Dev {
+    /// Fills it with what a column repeats.
+    pub fn fill(&mut self, cuda: &Cuda, column: &Column) -> Result<()> {
+        let values = column.period();
+        match self {
+            Self::Bf16(b) => fill(cuda, b, values, bf16::from_f32),
+            Self::F32(b) => fill(cuda, b, values, |v| v),
+            Self::F64(b) => fill(cuda, b, values, f64::from),
+            Self::I32(b) => fill(cuda, b, values, |v| v as i32),
+            Self::U8(b) => fill(cuda, b, values, |v| v as u8),
+        }
+    }
+
+    /// The elements of a range, widened. Waits for what was launched.
+    pub fn read(&self, cuda: &Cuda, range: Range<usize>) -> Result<Vec<f64>> {
+        match self {
+            Self::Bf16(b) => read(cuda, b, range, |v| f64::from(v.to_f32())),
+            Self::F32(b) => read(cuda, b, range, f64::from),
+            Self::F64(b) => read(cuda, b, range, |v| v),
+            Self::I32(b) => read(cuda, b, range, f64::from),
+            Self::U8(b) => read(cuda, b, range, f64::from),
+        }
+    }
+}
+
+fn read<T: Pod>(cuda: &Cuda, b: &Buffer<T>, range: Range<usize>, widen: impl Fn(T) -> f64) -> Result<Vec<f64>> {
+    let mut values = vec![T::zeroed(); range.len()];
+    cuda.read(b.range(range), &mut values)?;
+    Ok(values.into_iter().map(widen).collect())
+}
+
+/// Uploads the values once and doubles them; poison if there are none.
+fn fill<T: Pod>(cuda: &Cuda, to: &mut Buffer<T>, values: &[f32], narrow: impl Fn(f32) -> T) -> Result<()> {
+    let len = to.len();
+    let values: Vec<T> = match values {
+        [] => vec![poison(); len.min(1 << 16)],
+        values => values.iter().take(len).map(|&v| narrow(v)).collect(),
+    };
+    if values.is_empty() {
+        return Ok(());
+    }
+    cuda.write(to.range_mut(0..values.len()), &values)?;
+    let mut filled = values.len();
+    while filled < len {
+        // A multiple of the period, but for the rest.
+        let count = filled.min(len - filled);
+        let (from, into) = to.split(filled);
+        cuda.copy(into.into_range(0..count), from.range(0..count))?;
+        filled += count;
+    }
+    Ok(())
+}
+
+/// Bytes that no op leaves behind by chance; in bf16 and f32 about -3e-16.
+fn poison<T: Pod>() -> T {
+    let mut value = T::zeroed();
+    bytemuck::bytes_of_mut(&mut value).fill(0xa5);
+    value
 }
 
 /// The buffers of one launch, in the order of the case's arguments.

@@ -19,10 +19,13 @@ pub struct Column {
 impl Column {
     /// Of argument number `index` of a case.
     pub fn new(arg: &Arg, index: usize) -> Self {
-        let count = arg.len().clamp(1, BLOCK);
+        let count = match arg.fill {
+            Fill::Periodic(_, period) => arg.len().clamp(1, period.max(1)),
+            _ => arg.len().clamp(1, BLOCK),
+        };
         let values: Arc<[f32]> = match &arg.fill {
             // Uniform in ±√3 of the deviation.
-            Fill::Random(deviation) => {
+            Fill::Random(deviation) | Fill::Periodic(deviation, _) => {
                 (0..count).map(|i| round(arg.element, 12f32.sqrt() * deviation * (unit(index, i) - 0.5))).collect()
             }
             Fill::Bytes => (0..count).map(|i| (unit(index, i) * 256.0).floor()).collect(),

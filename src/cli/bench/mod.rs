@@ -1,6 +1,7 @@
 //! `halfbyte bench`: how fast this machine is, mostly with random weights of a well-known model's shape.
 
 mod decode;
+pub mod kernels;
 mod load;
 mod step;
 
@@ -22,6 +23,8 @@ pub struct BenchArgs {
 
 #[derive(Subcommand, Debug)]
 enum What {
+    /// Time every kernel at the shapes of 1B, 7B and 13B models
+    Kernels(kernels::KernelsArgs),
     /// Time whole training steps
     Step(Box<step::StepArgs>),
     /// Time the generation of one token after another
@@ -32,6 +35,7 @@ enum What {
 
 pub fn run(args: BenchArgs) -> Result<()> {
     match args.what {
+        What::Kernels(args) => kernels::run(&args),
         What::Step(args) => step::run(&args),
         What::Decode(args) => decode::run(&args),
         What::Load(args) => load::run(&args),

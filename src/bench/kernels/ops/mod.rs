@@ -6,6 +6,9 @@ macro_rules! dims {
     ($($letter:ident = $size:expr),+) => { [$((stringify!($letter), $size)),+] };
 }
 
+mod linear;
+#[cfg(feature = "cuda")]
+mod linear_cuda;
 mod rmsnorm;
 
 use super::case::Case;
@@ -29,50 +32,28 @@ pub struct Op {
 
 /// All ops, in the order of the table.
 pub fn all() -> Vec<Op> {
-    [rmsnorm::OPS].into_iter().flatten().copied().collect()
+    [rmsnorm::OPS, linear::OPS].into_iter().flatten().copied().collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::cpu::Cpu;
-    use crate::bench::kernels::case::{Arg, Case, Element, HostBuffer, Role};
-    use crate::bench::kernels::check::Answers;
+    use crate::bench::kernels::case::Case;
+    use crate::bench::kernels::cpu::check;
     use crate::bench::kernels::models::{MODELS, TOKENS, TOY};
-    use crate::bench::kernels::values::{Column, Inputs};
+    use crate::bench::kernels::values::Inputs;
 
     fn toys() -> impl Iterator<Item = Case> {
         all().into_iter().flat_map(|op| [1, 5, 64].into_iter().flat_map(move |t| (op.cases)(&TOY, t)))
-    }
-
-    fn host(arg: &Arg, column: &Column) -> HostBuffer {
-        let value = |i: usize| if arg.role == Role::Output { -3e-16 } else { column.at(i) };
-        match arg.element {
-            Element::U8 => HostBuffer::U8((0..arg.len()).map(|i| value(i) as u8).collect()),
-            Element::I32 => HostBuffer::I32((0..arg.len()).map(|i| value(i) as i32).collect()),
-            _ => HostBuffer::F32((0..arg.len()).map(|i| value(i) as f32).collect()),
-        }
     }
 
     #[test]
     fn the_cpu_backend_agrees_with_every_oracle() {
         let mut cpu = Cpu::new(Some(1));
         for case in toys() {
-            let Some(run) = case.cpu.clone() else { continue };
-            let inputs = Inputs::new(&case.args, &case.scalars);
-            let mut buffers: Vec<_> = case.args.iter().zip(inputs.columns()).map(|(a, c)| host(a, c)).collect();
-            run(&mut cpu, &mut buffers).unwrap();
-            for answers in Answers::within(&case, &inputs, usize::MAX) {
-                let difference = answers.difference(&case, |span| {
-                    Ok::<_, ()>(match &buffers[answers.arg] {
-                        HostBuffer::F32(v) => v[span].iter().map(|&v| f64::from(v)).collect(),
-                        HostBuffer::I32(v) => v[span].iter().map(|&v| f64::from(v)).collect(),
-                        HostBuffer::U8(v) => v[span].iter().map(|&v| f64::from(v)).collect(),
-                    })
-                });
-                let difference = difference.unwrap();
-                assert!(difference.is_none(), "{} {}: {}", case.op, case.shape, difference.unwrap());
-            }
+            let difference = check(&mut cpu, &case, usize::MAX).unwrap();
+            assert!(difference.is_none(), "{} {}: {}", case.op, case.shape, difference.unwrap());
         }
     }
 
