@@ -1,6 +1,7 @@
 //! What `halfbyte bench` and `cargo bench` measure. The timings are printed and kept by the command line; here is the work.
 
 pub mod decode;
+pub mod environment;
 pub mod random_weights;
 pub mod results;
 pub mod step;

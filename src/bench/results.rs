@@ -178,6 +178,11 @@ row!(StepOpRow, "step ops", "shape", "batch", "length", "op", "op_ms");
 row!(DecodeRow, "decode", "shape", "past", "tokens_per_second");
 row!(LoadRow, "load", "model", "disk_gb_per_s");
 
+/// A measured value as it goes into a row: six significant digits, for the rest is noise.
+pub fn figure(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
+}
+
 /// All rows of a CSV file, whatever table it holds.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Table {
@@ -263,7 +268,8 @@ fn names<R: Row>() -> Vec<String> {
 /// Whether rows can be appended in the end, asked before the time is spent; leaves no file behind. [`Error::Write`], or
 /// [`Error::Input`] if the file holds another table or one of other columns.
 pub fn can_append<R: Row>(path: &Path) -> Result<()> {
-    let new = !path.exists();
+    // A link that leads nowhere is not ours to remove.
+    let new = path.symlink_metadata().is_err();
     let mut file = open(path)?;
     let checked = has_columns::<R>(path, &mut file).map(|_| ());
     if new {
@@ -286,6 +292,9 @@ pub fn append<R: Row>(path: &Path, rows: &[R]) -> Result<()> {
 }
 
 fn open(path: &Path) -> Result<File> {
+    if path.is_dir() {
+        return Err(Error::input(path, "the path", "a directory", "a CSV file, there or not"));
+    }
     let mut options = OpenOptions::new();
     options.create(true).append(true).read(true).open(path).map_err(Error::write("open", path))
 }
