@@ -1,7 +1,11 @@
 //! What `halfbyte bench` and `cargo bench` measure. The timings are printed and kept by the command line; here is the work.
 
+pub mod compare;
 pub mod decode;
 pub mod environment;
 pub mod random_weights;
 pub mod results;
 pub mod step;
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! `halfbyte bench`: how fast this machine is, mostly with random weights of a well-known model's shape.
 
+mod compare;
 mod decode;
 mod load;
 mod step;
@@ -15,7 +16,8 @@ use crate::cli::output::Out;
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   halfbyte bench step --shape mistral-7b --batch 4 --length 2048
-  halfbyte bench decode --shape mistral-7b --past 4096")]
+  halfbyte bench decode --shape mistral-7b --past 4096
+  halfbyte bench compare old-steps.csv new-steps.csv")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,
@@ -29,6 +31,8 @@ enum What {
     Decode(decode::DecodeArgs),
     /// Time how a model directory gets onto the device and into 4 bits
     Load(load::LoadArgs),
+    /// Show which rows of two CSV files of results became slower or faster
+    Compare(compare::CompareArgs),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
@@ -36,6 +40,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         What::Step(args) => step::run(&args),
         What::Decode(args) => decode::run(&args),
         What::Load(args) => load::run(&args),
+        What::Compare(args) => compare::run(&args),
     }
 }
 
