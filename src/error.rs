@@ -42,7 +42,7 @@ pub enum Error {
     Unavailable { what: String, why: String },
 
     /// A gate on results found rows that are slower than they were. Exit code 3.
-    #[error("{}: {rows} rows are slower by more than {percent} %, the first: {first}", file.display())]
+    #[error("{}: rows slower by more than {percent} %: {rows}, the first: {first}", file.display())]
     Slower { file: PathBuf, rows: usize, percent: f64, first: String },
 }
 

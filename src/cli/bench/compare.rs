@@ -112,11 +112,15 @@ fn print(out: &mut Out, args: &CompareArgs, found: &Comparison) -> Result<()> {
     }
     for (keys, path) in [(&found.only_old, &args.old), (&found.only_new, &args.new)] {
         if !keys.is_empty() {
-            put!(out, "{} rows only in {}: {}", keys.len(), path.display(), some(keys))?;
+            put!(out, "{} only in {}: {}", rows(keys.len()), path.display(), some(keys))?;
         }
     }
     let (slower, faster) = (found.count(Move::Slower), found.count(Move::Faster));
-    put!(out, "{} rows compared, {slower} slower, {faster} faster", found.pairs.len())
+    put!(out, "{} compared, {slower} slower, {faster} faster", rows(found.pairs.len()))
+}
+
+fn rows(n: usize) -> String {
+    if n == 1 { "1 row".into() } else { format!("{n} rows") }
 }
 
 /// Four digits, or all before the point.
