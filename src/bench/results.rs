@@ -178,6 +178,13 @@ row!(StepOpRow, "step ops", "shape", "batch", "length", "op", "op_ms");
 row!(DecodeRow, "decode", "shape", "past", "tokens_per_second");
 row!(LoadRow, "load", "model", "disk_gb_per_s");
 
+/// A measured value as it goes into a row: six significant digits, for the rest is noise.
+pub fn figure(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
+}
+
+const EXPECTED_ROW: &str = "a row of a table that `halfbyte bench` or scripts/peers wrote";
+
 /// All rows of a CSV file, whatever table it holds.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Table {
@@ -237,17 +244,33 @@ fn columns(path: &Path, text: &str) -> Result<Vec<String>> {
 
 fn rows<R: Row>(path: &Path, text: &str) -> Result<Vec<R>> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
-    reader.deserialize().collect::<Result<_, _>>().map_err(|e| malformed(path, &e))
+    let headers = reader.headers().map_err(|e| malformed(path, &e))?.clone();
+    let row = |record: csv::Result<csv::StringRecord>| {
+        let record = record.map_err(|e| malformed(path, &e))?;
+        record.deserialize(Some(&headers)).map_err(|e| unreadable(path, &e, &headers, &record))
+    };
+    reader.records().map(row).collect()
 }
 
 fn malformed(path: &Path, error: &csv::Error) -> Error {
-    let place = error.position().map_or("the table".to_string(), |p| format!("line {}", p.line()));
     let found = match error.kind() {
         csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!("{len} cells under {expected_len} columns"),
-        csv::ErrorKind::Deserialize { err, .. } => err.to_string(),
         _ => error.to_string(),
     };
-    Error::input(path, place, found, "a row of a table that `halfbyte bench` wrote")
+    Error::input(path, line(error.position()), found, EXPECTED_ROW)
+}
+
+/// A cell that is not of its column's type.
+fn unreadable(path: &Path, error: &csv::Error, headers: &csv::StringRecord, record: &csv::StringRecord) -> Error {
+    let csv::ErrorKind::Deserialize { err, .. } = error.kind() else { return malformed(path, error) };
+    let cell = |cells: &csv::StringRecord| err.field().and_then(|i| cells.get(i as usize).map(str::to_string));
+    let (column, value) = (cell(headers).unwrap_or_default(), cell(record).unwrap_or_default());
+    let place = format!("{}, column {column:?}", line(record.position()));
+    Error::input(path, place, format!("{value:?} ({})", err.kind()), EXPECTED_ROW)
+}
+
+fn line(position: Option<&csv::Position>) -> String {
+    position.map_or("the table".into(), |p| format!("line {}", p.line()))
 }
 
 /// The names of a row's columns.
@@ -263,7 +286,8 @@ fn names<R: Row>() -> Vec<String> {
 /// Whether rows can be appended in the end, asked before the time is spent; leaves no file behind. [`Error::Write`], or
 /// [`Error::Input`] if the file holds another table or one of other columns.
 pub fn can_append<R: Row>(path: &Path) -> Result<()> {
-    let new = !path.exists();
+    // A link that leads nowhere is not ours to remove.
+    let new = path.symlink_metadata().is_err();
     let mut file = open(path)?;
     let checked = has_columns::<R>(path, &mut file).map(|_| ());
     if new {
@@ -286,6 +310,9 @@ pub fn append<R: Row>(path: &Path, rows: &[R]) -> Result<()> {
 }
 
 fn open(path: &Path) -> Result<File> {
+    if path.is_dir() {
+        return Err(Error::input(path, "the path", "a directory", "a CSV file, there or not"));
+    }
     let mut options = OpenOptions::new();
     options.create(true).append(true).read(true).open(path).map_err(Error::write("open", path))
 }
@@ -309,5 +336,7 @@ fn has_columns<R: Row>(path: &Path, file: &mut File) -> Result<bool> {
     if !text.ends_with('\n') {
         return Err(Error::input(path, "the last line", "no line end", "a whole row: it was cut off"));
     }
+    // Also a file that was cut off at a line end inside a cell is not to be appended to.
+    rows::<R>(path, &text)?;
     Ok(true)
 }

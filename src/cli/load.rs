@@ -26,6 +26,17 @@ pub enum Picked {
     Cuda(Box<Cuda>),
 }
 
+impl Picked {
+    /// The GPU's number, None for the CPU.
+    pub fn gpu(&self) -> Option<usize> {
+        match self {
+            Self::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(cuda) => Some(cuda.device().ordinal),
+        }
+    }
+}
+
 /// `with_backend!(picked, |backend| expression)`: the expression once for each kind of device, `backend` borrowed mutably.
 macro_rules! with_backend {
     ($picked:expr, |$backend:ident| $body:expr) => {

@@ -30,6 +30,12 @@ impl Out {
         self.line(format_args!("{value:#}"))
     }
 
+    /// Anything that serde writes, as JSON.
+    pub fn value(&mut self, value: &impl serde::Serialize) -> Result<()> {
+        let value = serde_json::to_value(value).map_err(|e| Error::write("write", STDOUT)(io::Error::other(e)))?;
+        self.json(&value)
+    }
+
     pub fn flush(&mut self) -> Result<()> {
         self.0.flush().map_err(Error::write("write", STDOUT))
     }

@@ -1,6 +1,7 @@
 //! The real binary on the tiny models: output, errors and exit codes of every command.
 
 mod bench;
+mod compare;
 mod eval;
 mod generate;
 mod info;

@@ -1,10 +1,11 @@
 //! Which GPUs are there, and which of them this build can use. Needs no GPU and no driver to answer.
 
-use std::ffi::c_int;
+use std::ffi::{CStr, c_int};
 
 use cudarc::driver::{DriverError, result, sys};
 
 use super::ffi;
+use super::ffi::nvml::{Clock, Nvml};
 use crate::error::{Error, Result};
 
 /// What the kernels were compiled for ("sm_80,sm_90a,compute_90"), from build.rs.
@@ -87,6 +88,38 @@ impl Device {
     }
 }
 
+/// What NVML says of a GPU at this moment: None of what it does not tell, all of it where there is no NVML.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Version of the driver, "580.159.04".
+    pub driver: Option<String>,
+    pub sm_mhz: Option<u32>,
+    pub memory_mhz: Option<u32>,
+}
+
+impl Reading {
+    /// Of the GPU that the CUDA driver numbers so; NVML numbers them otherwise, and knows no `CUDA_VISIBLE_DEVICES`.
+    pub fn of(ordinal: usize) -> Self {
+        let Some(nvml) = Nvml::get() else { return Self::default() };
+        let bus_id = bus_id(ordinal);
+        let clock = |clock| nvml.clock(CStr::from_bytes_until_nul(&bus_id?).ok()?, clock);
+        Self { driver: nvml.driver_version(), sm_mhz: clock(Clock::Sm), memory_mhz: clock(Clock::Memory) }
+    }
+}
+
+/// Where on the PCI bus a GPU sits, as text that ends in zero.
+fn bus_id(ordinal: usize) -> Option<[u8; 32]> {
+    // SAFETY: opens libcuda.so and closes it again, as in `Driver::discover`.
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    let device = result::device::get(c_int::try_from(ordinal).ok()?).ok()?;
+    let mut text = [0u8; 32];
+    // SAFETY: writes at most as many bytes as are told, a zero last; the driver has given `device` just now.
+    let status = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as c_int, device) };
+    status.result().ok().map(|()| text)
+}
+
 /// The driver's name and words for an error.
 pub(super) fn describe(error: DriverError) -> String {
     let text = |part: Result<&std::ffi::CStr, DriverError>| part.map(|c| c.to_string_lossy().into_owned()).ok();
@@ -153,6 +186,12 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_that_is_not_there_has_no_clocks() {
+        let reading = Reading::of(usize::MAX);
+        assert_eq!((reading.sm_mhz, reading.memory_mhz), (None, None));
+    }
+
+    #[test]
     fn a_gpu_that_another_process_has_is_told_in_one_line() {
         let words = || "CUDA_ERROR_X: x".to_owned();
         for (code, part) in [(2, "memory is full"), (46, "another process"), (100, "shows no GPU"), (803, "reboot")] {
@@ -168,15 +207,5 @@ mod tests {
             Ok(driver) => assert!(driver.version.0 >= 10, "{driver:?}"),
             Err(error) => assert!(matches!(error, Error::Unavailable { .. }), "{error}"),
         }
-    }
-}
-pub struct Reading {
-    pub driver: Option<String>,
-    pub sm_mhz: Option<u32>,
-    pub memory_mhz: Option<u32>,
-}
-impl Reading {
-    pub fn of(_: usize) -> Self {
-        Self { driver: None, sm_mhz: None, memory_mhz: None }
     }
 }

@@ -1,20 +1,19 @@
 //! `halfbyte bench decode`: how fast this machine generates.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use halfbyte::Result;
 use halfbyte::backend::Backend;
 use halfbyte::bench::decode::{self, CHUNK};
+use halfbyte::bench::environment::environment;
+use halfbyte::bench::results::{DecodeRow, figure};
 use halfbyte::model::shapes::{self, Format};
 use halfbyte::model::{HostAdapter, ModelConfig};
-use serde_json::json;
 
+use super::RowArgs;
 use super::step::random_adapter;
-use super::{append, can_append};
 use crate::cli::args::{DeviceArgs, at_least_one, micro_batch, named_shape};
 use crate::cli::load::{self, Room, with_backend};
-use crate::cli::output::{Out, put};
+use crate::cli::output::put;
 use crate::cli::progress::{Progress, Unit};
 
 #[derive(Args, Debug)]
@@ -40,13 +39,8 @@ pub struct DecodeArgs {
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
     r: usize,
 
-    /// Append a row to this file
-    #[arg(long, value_name = "FILE")]
-    csv: Option<PathBuf>,
-
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    row: RowArgs,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -54,37 +48,31 @@ pub struct DecodeArgs {
 
 pub fn run(args: &DecodeArgs) -> Result<()> {
     micro_batch("--past", 1, args.past.saturating_add(args.tokens))?;
-    can_append(args.csv.as_deref())?;
+    args.row.check::<DecodeRow>()?;
     let config = named_shape(&args.shape)?;
     let adapter = random_adapter(&config, args.r, 0.0)?;
     let mut picked = args.device.backend()?;
     let (name, seconds) = with_backend!(&mut picked, |b| (b.describe(), measure(b, &config, &adapter, args)?));
-    let median = seconds[seconds.len() / 2];
-    let row = json!({
-        "date": chrono::Local::now().format("%Y-%m-%d").to_string(),
-        "card": name,
-        "commit": std::env::var("HALFBYTE_COMMIT").unwrap_or_default(),
-        "shape": args.shape,
-        "past": args.past,
-        "tokens": args.tokens,
-        "r": args.r,
-        "ms": median * 1e3,
-        "ms_min": seconds[0] * 1e3,
-        "ms_max": seconds[seconds.len() - 1] * 1e3,
-        "tokens_per_second": 1.0 / median,
-    });
-    if let Some(path) = &args.csv {
-        append(path, &row)?;
-    }
-    let mut out = Out::new();
-    if args.json {
-        out.json(&row)?;
-        return out.flush();
-    }
-    let (least, most) = (seconds[0] * 1e3, seconds[seconds.len() - 1] * 1e3);
-    put!(out, "{name}: one token of {} behind {} others, r = {}", args.shape, args.past, args.r)?;
-    put!(out, "  {:.2} ms ({least:.2} to {most:.2} of {}), {:.1} tokens/s", median * 1e3, args.tokens, 1.0 / median)?;
-    out.flush()
+    let here = environment(picked.gpu());
+    let (median, least, most) = (seconds[seconds.len() / 2], seconds[0], seconds[seconds.len() - 1]);
+    let row = DecodeRow {
+        date: here.date,
+        card: name,
+        commit: here.commit,
+        shape: args.shape.clone(),
+        past: args.past,
+        tokens: args.tokens,
+        r: args.r,
+        ms: figure(median * 1e3),
+        ms_min: figure(least * 1e3),
+        ms_max: figure(most * 1e3),
+        tokens_per_second: figure(1.0 / median),
+    };
+    args.row.put(&row, |out| {
+        put!(out, "{}: one token of {} behind {} others, r = {}", row.card, row.shape, row.past, row.r)?;
+        let DecodeRow { ms, ms_min, ms_max, tokens, tokens_per_second, .. } = row;
+        put!(out, "  {ms:.2} ms ({ms_min:.2} to {ms_max:.2} of {tokens}), {tokens_per_second:.1} tokens/s")
+    })
 }
 
 fn measure<B: Backend>(

@@ -7,15 +7,16 @@ use std::time::Instant;
 
 use clap::Args;
 use halfbyte::backend::Backend;
+use halfbyte::bench::environment::environment;
+use halfbyte::bench::results::{LoadRow, figure};
 use halfbyte::checkpoint::{ModelDir, random};
 use halfbyte::{Error, Result, memory};
 use rustix::fs::{Advice, fadvise};
-use serde_json::json;
 
-use super::{append, can_append};
+use super::RowArgs;
 use crate::cli::args::{BnbArgs, DeviceArgs, named_shape};
 use crate::cli::load::{self, Picked, Room, with_backend};
-use crate::cli::output::{Out, put};
+use crate::cli::output::put;
 use crate::cli::progress::{Progress, Unit};
 
 #[derive(Args, Debug)]
@@ -37,20 +38,15 @@ pub struct LoadArgs {
     #[command(flatten)]
     bnb: BnbArgs,
 
-    /// Append a row to this file
-    #[arg(long, value_name = "FILE")]
-    csv: Option<PathBuf>,
-
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    row: RowArgs,
 
     #[command(flatten)]
     device: DeviceArgs,
 }
 
 pub fn run(args: &LoadArgs) -> Result<()> {
-    can_append(args.csv.as_deref())?;
+    args.row.check::<LoadRow>()?;
     let mut picked = args.device.backend()?;
     if let Some(name) = &args.make {
         if args.model.exists() {
@@ -63,48 +59,41 @@ pub fn run(args: &LoadArgs) -> Result<()> {
     }
     let files = weight_files(&args.model)?;
     let bytes: u64 = ModelDir::open(&args.model)?.tensors().map(|t| t.bytes).sum();
-    let rate = |seconds: f64| bytes as f64 / seconds / 1e9;
+    let rate = |seconds: f64| figure(bytes as f64 / seconds / 1e9);
 
     forget(&files)?;
-    let disk = rate(read_all(&files)?);
+    let disk_seconds = read_all(&files)?;
     forget(&files)?;
-    let cold = rate(timed(&mut picked, args)?);
-    let warm = rate(timed(&mut picked, args)?);
-    let (name, link) = match &picked {
+    let cold_seconds = timed(&mut picked, args)?;
+    let warm_seconds = timed(&mut picked, args)?;
+    let (card, link) = match &picked {
         Picked::Cpu(cpu) => (cpu.describe(), None),
         #[cfg(feature = "cuda")]
-        Picked::Cuda(cuda) => (cuda.device().name.clone(), Some(cuda.upload_rate()? / 1e9)),
+        Picked::Cuda(cuda) => (cuda.device().name.clone(), Some(figure(cuda.upload_rate()? / 1e9))),
     };
-    let row = json!({
-        "date": chrono::Local::now().format("%Y-%m-%d").to_string(),
-        "card": name,
-        "commit": std::env::var("HALFBYTE_COMMIT").unwrap_or_default(),
-        "model": args.make.clone().unwrap_or_else(|| args.model.display().to_string()),
-        "bytes": bytes,
-        "disk_gb_per_s": disk,
-        "pcie_gb_per_s": link,
-        "cold_gb_per_s": cold,
-        "cold_seconds": bytes as f64 / cold / 1e9,
-        "warm_gb_per_s": warm,
-        "warm_seconds": bytes as f64 / warm / 1e9,
-    });
-    if let Some(path) = &args.csv {
-        append(path, &row)?;
-    }
-    let mut out = Out::new();
-    if args.json {
-        out.json(&row)?;
-        return out.flush();
-    }
-    let seconds = |rate: f64| bytes as f64 / rate / 1e9;
-    put!(out, "{name}: {} of {}", memory::size(bytes as usize), args.model.display())?;
-    put!(out, "  the disk alone          {disk:6.2} GB/s  {:6.2} s", seconds(disk))?;
-    if let Some(link) = link {
-        put!(out, "  pinned memory to device {link:6.2} GB/s  {:6.2} s", seconds(link))?;
-    }
-    put!(out, "  loaded from the disk    {cold:6.2} GB/s  {:6.2} s", seconds(cold))?;
-    put!(out, "  loaded from page cache  {warm:6.2} GB/s  {:6.2} s", seconds(warm))?;
-    out.flush()
+    let here = environment(picked.gpu());
+    let row = LoadRow {
+        date: here.date,
+        card,
+        commit: here.commit,
+        model: args.make.clone().unwrap_or_else(|| args.model.display().to_string()),
+        bytes,
+        disk_gb_per_s: rate(disk_seconds),
+        pcie_gb_per_s: link,
+        cold_gb_per_s: rate(cold_seconds),
+        cold_seconds: figure(cold_seconds),
+        warm_gb_per_s: rate(warm_seconds),
+        warm_seconds: figure(warm_seconds),
+    };
+    args.row.put(&row, |out| {
+        put!(out, "{}: {} of {}", row.card, memory::size(bytes as usize), args.model.display())?;
+        put!(out, "  the disk alone          {:6.2} GB/s  {disk_seconds:6.2} s", row.disk_gb_per_s)?;
+        if let Some(link) = link {
+            put!(out, "  pinned memory to device {link:6.2} GB/s  {:6.2} s", bytes as f64 / link / 1e9)?;
+        }
+        put!(out, "  loaded from the disk    {:6.2} GB/s  {cold_seconds:6.2} s", row.cold_gb_per_s)?;
+        put!(out, "  loaded from page cache  {:6.2} GB/s  {warm_seconds:6.2} s", row.warm_gb_per_s)
+    })
 }
 
 /// Seconds from opening the directory to the last weight on the device.

@@ -1,21 +1,24 @@
 //! `halfbyte bench`: how fast this machine is, mostly with random weights of a well-known model's shape.
 
+mod compare;
 mod decode;
 pub mod kernels;
 mod load;
 mod step;
 
-use std::io::Write;
-use std::path::Path;
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use halfbyte::{Error, Result};
-use serde_json::Value;
+use halfbyte::Result;
+use halfbyte::bench::results::{self, Row};
+
+use crate::cli::output::Out;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   halfbyte bench step --shape mistral-7b --batch 4 --length 2048
-  halfbyte bench decode --shape mistral-7b --past 4096")]
+  halfbyte bench decode --shape mistral-7b --past 4096
+  halfbyte bench compare old-steps.csv new-steps.csv")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,
@@ -31,6 +34,8 @@ enum What {
     Decode(decode::DecodeArgs),
     /// Time how a model directory gets onto the device and into 4 bits
     Load(load::LoadArgs),
+    /// Show which rows of two CSV files of results became slower or faster
+    Compare(compare::CompareArgs),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
@@ -39,37 +44,39 @@ pub fn run(args: BenchArgs) -> Result<()> {
         What::Step(args) => step::run(&args),
         What::Decode(args) => decode::run(&args),
         What::Load(args) => load::run(&args),
+        What::Compare(args) => compare::run(&args),
     }
 }
 
-/// Whether a row can be appended in the end, asked before the time is spent. Leaves no file behind.
-fn can_append(path: Option<&Path>) -> Result<()> {
-    let Some(path) = path else { return Ok(()) };
-    let new = !path.exists();
-    std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(Error::write("open", path))?;
-    match new {
-        true => std::fs::remove_file(path).map_err(Error::write("open", path)),
-        false => Ok(()),
-    }
+/// Where a command's row goes: `--csv` and `--json`.
+#[derive(Args, Debug)]
+struct RowArgs {
+    /// Append a row to this file
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
-/// Appends a row; a new file gets a line of names first.
-fn append(path: &Path, row: &Value) -> Result<()> {
-    let Value::Object(fields) = row else { return Ok(()) };
-    let new = !path.exists();
-    let cell = |v: &Value| match v {
-        Value::Null => String::new(),
-        Value::String(s) if s.contains(',') => format!("\"{s}\""),
-        Value::String(s) => s.clone(),
-        Value::Number(n) if n.is_f64() => format!("{:.3}", n.as_f64().unwrap_or(f64::NAN)),
-        other => other.to_string(),
-    };
-    let mut text = String::new();
-    if new {
-        text += &(fields.keys().cloned().collect::<Vec<_>>().join(",") + "\n");
+impl RowArgs {
+    /// Refuses a `--csv` that could not take the row, before the time is spent.
+    fn check<R: Row>(&self) -> Result<()> {
+        self.csv.as_deref().map_or(Ok(()), results::can_append::<R>)
     }
-    text += &(fields.values().map(cell).collect::<Vec<_>>().join(",") + "\n");
-    let mut file =
-        std::fs::OpenOptions::new().create(true).append(true).open(path).map_err(Error::write("open", path))?;
-    file.write_all(text.as_bytes()).map_err(Error::write("append to", path))
+
+    /// Appends the row, then shows it: as JSON, or by `print`.
+    fn put<R: Row>(&self, row: &R, print: impl FnOnce(&mut Out) -> Result<()>) -> Result<()> {
+        if let Some(path) = &self.csv {
+            results::append(path, std::slice::from_ref(row))?;
+        }
+        let mut out = Out::new();
+        if self.json {
+            out.value(row)?
+        } else {
+            print(&mut out)?
+        }
+        out.flush()
+    }
 }

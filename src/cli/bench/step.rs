@@ -1,19 +1,18 @@
 //! `halfbyte bench step`: how fast this machine trains.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use halfbyte::backend::Backend;
 use halfbyte::backend::cpu::OpTime;
+use halfbyte::bench::environment::{Environment, environment};
+use halfbyte::bench::results::{StepRow, figure};
 use halfbyte::bench::step::{self, Report, Spec};
 use halfbyte::memory::{self, Card, Mode, Plan, Request};
 use halfbyte::model::shapes::{self, Format};
 use halfbyte::model::{HostAdapter, Keep, LayerPlan, LoraConfig, ModelConfig, ModelOptions, TargetModules};
 use halfbyte::train::TrainConfig;
 use halfbyte::{Error, Result};
-use serde_json::{Value, json};
 
-use super::{append, can_append};
+use super::RowArgs;
 use crate::cli::args::{DeviceArgs, at_least_one, micro_batch, named_shape};
 use crate::cli::load::{Picked, with_backend};
 use crate::cli::output::{Out, put};
@@ -68,13 +67,8 @@ pub struct StepArgs {
     #[arg(long, value_name = "N", default_value_t = 4)]
     warm_up: usize,
 
-    /// Append a row to this file
-    #[arg(long, value_name = "FILE")]
-    csv: Option<PathBuf>,
-
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    row: RowArgs,
 
     #[command(flatten)]
     device: DeviceArgs,
@@ -93,51 +87,42 @@ pub fn run(args: &StepArgs) -> Result<()> {
         return Err(Error::flag("--lora-dropout", args.lora_dropout.to_string(), "a number from 0 to below 1"));
     }
     micro_batch("--length", args.batch, args.length)?;
-    can_append(args.csv.as_deref())?;
+    args.row.check::<StepRow>()?;
     let config = named_shape(&args.shape)?;
     let mut picked = args.device.backend()?;
     let free = with_backend!(&mut picked, |b| b.free_memory())?;
     let machine = machine(&mut picked, args, &config)?;
     let (plan, report) = with_backend!(&mut picked, |b| measure(b, &config, args, &machine, free))?;
-    let row = row(args, &config, &machine, plan.as_ref(), &report);
-    if let Some(path) = &args.csv {
-        append(path, &row)?;
-    }
-    let mut out = Out::new();
-    if args.json {
-        out.json(&row)?;
-        return out.flush();
-    }
-    let number = |key: &str| row[key].as_f64().unwrap_or(f64::NAN);
+    let row = row(args, &config, &machine, plan.as_ref(), &report, environment(picked.gpu()));
+    args.row.put(&row, |out| print(out, args, &row, plan.as_ref(), &report, &picked))
+}
+
+fn print(
+    out: &mut Out,
+    args: &StepArgs,
+    row: &StepRow,
+    plan: Option<&Plan>,
+    report: &Report,
+    picked: &Picked,
+) -> Result<()> {
     put!(
         out,
         "{}: {} × {} tokens of {}, r = {}, {}",
-        machine.name,
+        row.card,
         args.batch,
         args.length,
         args.shape,
         args.r,
         args.optim
     )?;
-    put!(
-        out,
-        "  step        {:.1} ms ({:.1} to {:.1} of {} steps)",
-        number("ms"),
-        number("ms_min"),
-        number("ms_max"),
-        args.steps
-    )?;
-    put!(out, "  speed       {:.0} tokens/s", number("tokens_per_second"))?;
-    if machine.rate.is_some() {
-        put!(
-            out,
-            "  bound       {:.1} % of {:.0} tokens/s (products alone at {:.0} TFLOP/s)",
-            number("percent_of_bound"),
-            number("bound_tokens_per_second"),
-            number("tflops_ceiling")
-        )?;
+    put!(out, "  step        {:.1} ms ({:.1} to {:.1} of {} steps)", row.ms, row.ms_min, row.ms_max, args.steps)?;
+    put!(out, "  speed       {:.0} tokens/s", row.tokens_per_second)?;
+    if let (Some(percent), Some(bound), Some(rate)) =
+        (row.percent_of_bound, row.bound_tokens_per_second, row.tflops_ceiling)
+    {
+        put!(out, "  bound       {percent:.1} % of {bound:.0} tokens/s (products alone at {rate:.0} TFLOP/s)")?;
     }
-    if let Some(plan) = &plan {
+    if let Some(plan) = plan {
         put!(
             out,
             "  memory      {} in the arena, {} optimizer, {} on the host",
@@ -149,9 +134,9 @@ pub fn run(args: &StepArgs) -> Result<()> {
             out,
             "              {} with kernels and libraries as planned, {} as the driver counts",
             memory::size(plan.driver_bytes()),
-            row["driver_bytes"].as_u64().map_or("nothing".into(), |b| memory::size(b as usize))
+            report.driver_bytes.map_or("nothing".into(), memory::size)
         )?;
-        put!(out, "  layers      {}", row["layers"].as_str().unwrap_or_default())?;
+        put!(out, "  layers      {}", row.layers)?;
     }
     put!(
         out,
@@ -160,10 +145,10 @@ pub fn run(args: &StepArgs) -> Result<()> {
         report.grad_norm,
         report.load_seconds
     )?;
-    for (op, calls, seconds, share) in op_times(&picked) {
+    for (op, calls, seconds, share) in op_times(picked) {
         put!(out, "{op:>20} {calls:7} calls {:10.2} ms {share:5.1} %", seconds * 1e3)?;
     }
-    out.flush()
+    Ok(())
 }
 
 /// Each op of the CPU backend, the longest first: calls, seconds, per cent of all. On a GPU a profiler tells.
@@ -276,46 +261,52 @@ pub(super) fn random_adapter(config: &ModelConfig, r: usize, lora_dropout: f32) 
 }
 
 /// The row of the CSV and the JSON object.
-fn row(args: &StepArgs, config: &ModelConfig, machine: &Machine, plan: Option<&Plan>, report: &Report) -> Value {
+fn row(
+    args: &StepArgs,
+    config: &ModelConfig,
+    machine: &Machine,
+    plan: Option<&Plan>,
+    report: &Report,
+    here: Environment,
+) -> StepRow {
     let tokens = (args.batch * args.length) as f64;
     let median = report.median();
     let recompute = args.gradient_checkpointing == Some(true);
     let flops = step::flops(config, report.trainable, args.batch, args.length, recompute);
     let bound = machine.rate.map(|rate| tokens / (flops / rate));
-    let mode = match args.gradient_checkpointing {
-        None => "auto",
-        Some(true) => "true",
-        Some(false) => "false",
-    };
     let times = &report.seconds;
-    json!({
-        "date": chrono::Local::now().format("%Y-%m-%d").to_string(),
-        "card": machine.name,
-        "commit": std::env::var("HALFBYTE_COMMIT").unwrap_or_default(),
-        "shape": args.shape,
-        "batch": args.batch,
-        "length": args.length,
-        "gradient_checkpointing": mode,
-        "memory": args.memory.clone().unwrap_or_default(),
-        "r": args.r,
-        "lora_dropout": args.lora_dropout,
-        "optim": args.optim,
-        "steps": args.steps,
-        "ms": median * 1e3,
-        "ms_min": times[0] * 1e3,
-        "ms_max": times[times.len() - 1] * 1e3,
-        "tokens_per_second": tokens / median,
-        "tflops_ceiling": machine.rate.map(|r| r / 1e12),
-        "bound_tokens_per_second": bound,
-        "percent_of_bound": bound.map(|b| 100.0 * tokens / median / b),
-        "arena_bytes": plan.map(|p| p.device_bytes),
-        "optimizer_bytes": plan.map(|p| p.optimizer_bytes),
-        "host_bytes": plan.map(|p| p.host_bytes),
-        "planned_bytes": plan.map(Plan::driver_bytes),
-        "driver_bytes": report.driver_bytes,
-        "planned_ms": plan.map(|p| p.step.seconds * 1e3),
-        "layers": plan.map(|p| memory::describe_layers(&p.layers)),
-        "loss": report.loss,
-        "load_seconds": report.load_seconds,
-    })
+    StepRow {
+        date: here.date,
+        tool: "halfbyte".into(),
+        commit: here.commit,
+        card: machine.name.clone(),
+        driver: here.driver,
+        sm_mhz: here.sm_mhz,
+        memory_mhz: here.memory_mhz,
+        shape: args.shape.clone(),
+        batch: args.batch,
+        length: args.length,
+        gradient_checkpointing: args.gradient_checkpointing.map_or("auto".into(), |b| b.to_string()),
+        memory: args.memory.clone().unwrap_or_default(),
+        r: args.r,
+        lora_dropout: figure(args.lora_dropout.into()),
+        optim: args.optim.clone(),
+        steps: args.steps,
+        ms: figure(median * 1e3),
+        ms_min: figure(times[0] * 1e3),
+        ms_max: figure(times[times.len() - 1] * 1e3),
+        tokens_per_second: figure(tokens / median),
+        tflops_ceiling: machine.rate.map(|rate| figure(rate / 1e12)),
+        bound_tokens_per_second: bound.map(figure),
+        percent_of_bound: bound.map(|bound| figure(100.0 * tokens / median / bound)),
+        arena_bytes: plan.map(|p| p.device_bytes as u64),
+        optimizer_bytes: plan.map(|p| p.optimizer_bytes as u64),
+        host_bytes: plan.map(|p| p.host_bytes as u64),
+        planned_bytes: plan.map(|p| p.driver_bytes() as u64),
+        driver_bytes: report.driver_bytes.map(|b| b as u64),
+        planned_ms: plan.map(|p| figure(p.step.seconds * 1e3)),
+        layers: plan.map(|p| memory::describe_layers(&p.layers)).unwrap_or_default(),
+        loss: figure(report.loss.into()),
+        load_seconds: figure(report.load_seconds),
+    }
 }

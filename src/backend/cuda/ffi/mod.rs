@@ -13,6 +13,7 @@ pub mod load;
 pub mod lora;
 pub mod nf4;
 pub mod nf4_gemm;
+pub mod nvml;
 pub mod nvtx;
 pub mod rmsnorm;
 pub mod rope;
