@@ -148,6 +148,21 @@ impl<'a> View<'a, f32> {
     }
 }
 
+impl<'a> ViewMut<'a, bf16> {
+    /// The same bytes as half as many f32. Panics if an f32 may not lie there.
+    pub fn into_f32(self) -> ViewMut<'a, f32> {
+        assert!(self.address.is_multiple_of(4) && self.len.is_multiple_of(2), "{} bf16 as f32", self.len);
+        ViewMut { address: self.address, len: self.len / 2, stream: self.stream, buffer: PhantomData }
+    }
+}
+
+impl<'a> ViewMut<'a, i32> {
+    /// The same bits.
+    pub fn into_u32(self) -> ViewMut<'a, u32> {
+        ViewMut { address: self.address, len: self.len, stream: self.stream, buffer: PhantomData }
+    }
+}
+
 impl<'a, T> ViewMut<'a, T> {
     pub fn len(&self) -> usize {
         self.len

@@ -6,10 +6,19 @@ macro_rules! dims {
     ($($letter:ident = $size:expr),+) => { [$((stringify!($letter), $size)),+] };
 }
 
+mod bias;
+mod cross_entropy;
+mod embedding;
+mod grad_norm;
+mod head_norm;
+mod load;
 mod linear;
 #[cfg(feature = "cuda")]
 mod linear_cuda;
 mod rmsnorm;
+mod rope;
+mod rows;
+mod swiglu;
 
 use super::case::Case;
 use super::models::Model;
@@ -32,7 +41,23 @@ pub struct Op {
 
 /// All ops, in the order of the table.
 pub fn all() -> Vec<Op> {
-    [rmsnorm::OPS, linear::OPS].into_iter().flatten().copied().collect()
+    [
+        embedding::OPS,
+        rmsnorm::OPS,
+        head_norm::OPS,
+        rope::OPS,
+        swiglu::OPS,
+        bias::OPS,
+        rows::OPS,
+        cross_entropy::OPS,
+        grad_norm::OPS,
+        load::OPS,
+        linear::OPS,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
+    .collect()
 }
 
 #[cfg(test)]
