@@ -6,6 +6,10 @@ macro_rules! dims {
     ($($letter:ident = $size:expr),+) => { [$((stringify!($letter), $size)),+] };
 }
 
+mod gemm;
+mod matvec;
+mod nf4;
+mod nf4_gemm;
 mod rmsnorm;
 
 use super::case::Case;
@@ -29,7 +33,7 @@ pub struct Op {
 
 /// All ops, in the order of the table.
 pub fn all() -> Vec<Op> {
-    [rmsnorm::OPS].into_iter().flatten().copied().collect()
+    [rmsnorm::OPS, nf4::OPS, gemm::OPS, nf4_gemm::OPS, matvec::OPS].into_iter().flatten().copied().collect()
 }
 
 #[cfg(test)]
