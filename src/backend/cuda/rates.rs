@@ -5,7 +5,7 @@ use std::time::Instant;
 use cudarc::driver::result;
 use half::bf16;
 
-use super::cublas::{Cublas, Products, matmul, plain};
+use super::cublas::{ALONE_BYTES, Cublas, Products, matmul, plain};
 use super::managed::Pinned;
 use super::ops::gemm::Out;
 use super::{Cuda, driver_error};
@@ -14,8 +14,6 @@ use crate::error::Result;
 /// Launches of one timing, and timings.
 const LAUNCHES: usize = 10;
 const TIMINGS: usize = 9;
-/// Workspace of a cuBLAS that is opened for a timing.
-const LENT_BYTES: usize = 32 << 20;
 
 impl Cuda {
     /// Median seconds of one call of `f`, after a warm-up.
@@ -48,7 +46,7 @@ impl Cuda {
         let mut c = self.zeros::<bf16>(m * n)?;
         // Before a model is prepared cuBLAS is not open yet.
         let lent = match (&self.cublas, self.has_cublas()) {
-            (None, true) => Some(Cublas::open(self, LENT_BYTES)?),
+            (None, true) => Some(Cublas::open(self, self.allocate(ALONE_BYTES)?)?),
             _ => None,
         };
         let product = || {

@@ -77,7 +77,7 @@ impl Cuda {
         self.scratch = None;
         self.scratch = Some(Box::new(Scratch::new(self, sizes)?));
         if self.cublas.is_none() && !self.hide_cublas && cublas::is_present() {
-            self.cublas = Some(Cublas::open(self, sizes.cublas)?);
+            self.cublas = Some(Cublas::open(self, self.allocate(sizes.cublas)?)?);
         }
         Ok(())
     }

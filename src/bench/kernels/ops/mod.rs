@@ -9,12 +9,16 @@ macro_rules! dims {
 mod bias;
 mod cross_entropy;
 mod embedding;
+mod gemm;
 mod grad_norm;
 mod head_norm;
-mod load;
 mod linear;
 #[cfg(feature = "cuda")]
 mod linear_cuda;
+mod load;
+mod matvec;
+mod nf4;
+mod nf4_gemm;
 mod rmsnorm;
 mod rope;
 mod rows;
@@ -47,12 +51,16 @@ pub fn all() -> Vec<Op> {
         head_norm::OPS,
         rope::OPS,
         swiglu::OPS,
+        linear::OPS,
+        gemm::OPS,
+        nf4_gemm::OPS,
+        matvec::OPS,
+        nf4::OPS,
         bias::OPS,
         rows::OPS,
         cross_entropy::OPS,
         grad_norm::OPS,
         load::OPS,
-        linear::OPS,
     ]
     .into_iter()
     .flatten()
