@@ -256,7 +256,15 @@ impl Times {
 /// Compares two files of one table. Errors as [`results::read`], and [`Error::Input`] if they hold different tables or
 /// have no row in common.
 pub fn compare(old_path: &Path, new_path: &Path) -> Result<Comparison> {
-    let (old, new) = (Times::read(old_path)?, Times::read(new_path)?);
+    between(&Times::read(old_path)?, old_path, &Times::read(new_path)?, new_path)
+}
+
+/// The same of rows that were measured just now. Errors as [`compare`].
+pub fn against(old_path: &Path, rows: &[KernelRow]) -> Result<Comparison> {
+    between(&Times::read(old_path)?, old_path, &Times::of(rows), Path::new("this run"))
+}
+
+fn between(old: &Times, old_path: &Path, new: &Times, new_path: &Path) -> Result<Comparison> {
     if old.table != new.table {
         let expected = format!("a table of {}, as {} holds", old.table, old_path.display());
         return Err(Error::input(new_path, "line 1", format!("a table of {}", new.table), expected));
@@ -270,7 +278,7 @@ pub fn compare(old_path: &Path, new_path: &Path) -> Result<Comparison> {
         }
     }
     if pairs.is_empty() {
-        let (found, expected) = apart(&old, &new);
+        let (found, expected) = apart(old, new);
         return Err(Error::input(new_path, "its rows", found, format!("{expected}, as in {}", old_path.display())));
     }
     let only_old = old.rows.iter().map(|(key, _)| key).filter(|key| left.contains_key(key)).cloned().collect();

@@ -6,6 +6,7 @@ mod eval;
 mod generate;
 mod info;
 mod inspect;
+mod kernels;
 mod merge;
 mod plan;
 mod quantize;

@@ -1,6 +1,6 @@
 //! `halfbyte bench compare`: what became slower between two files of results.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use halfbyte::bench::compare::{self, Comparison, Key, Move, Pair};
@@ -72,7 +72,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
         }
         out.json(&value)?;
     } else {
-        print(&mut out, args, &found)?;
+        print(&mut out, (&args.old, &args.new), args.all, &found)?;
     }
     out.flush()?;
     match (args.gate, regressions.as_deref()) {
@@ -83,9 +83,10 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     }
 }
 
-fn print(out: &mut Out, args: &CompareArgs, found: &Comparison) -> Result<()> {
+/// The rows that moved, or `all`; what is in one alone; how many there are.
+pub(super) fn print(out: &mut Out, (old, new): (&Path, &Path), all: bool, found: &Comparison) -> Result<()> {
     let constant = |column: &str| found.pairs.len() > 1 && found.is_constant(column);
-    let shown = |p: &&Pair| args.all || p.moved.is_some();
+    let shown = |p: &&Pair| all || p.moved.is_some();
     let mut cells = vec![];
     for pair in found.pairs.iter().filter(shown) {
         cells.push(vec![
@@ -110,7 +111,7 @@ fn print(out: &mut Out, args: &CompareArgs, found: &Comparison) -> Result<()> {
             put!(out, "  {line}")?;
         }
     }
-    for (keys, path) in [(&found.only_old, &args.old), (&found.only_new, &args.new)] {
+    for (keys, path) in [(&found.only_old, old), (&found.only_new, new)] {
         if !keys.is_empty() {
             put!(out, "{} only in {}: {}", rows(keys.len()), path.display(), some(keys))?;
         }

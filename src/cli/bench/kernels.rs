@@ -1,10 +1,11 @@
 //! `halfbyte bench kernels`: every op, each way it can run, on the GPU or the CPU.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 #[cfg(feature = "cuda")]
 use halfbyte::backend::cuda::Cuda;
+use halfbyte::bench::compare;
 use halfbyte::bench::kernels::case::Case;
 use halfbyte::bench::kernels::models::{MODELS, TOKENS};
 use halfbyte::bench::kernels::ops::{self, Op};
@@ -58,7 +59,7 @@ pub struct KernelsArgs {
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
 
-    /// Print a JSON array of the rows instead of a table
+    /// Print a JSON array of the rows instead of a table; with --compare, an object of the rows and what moved
     #[arg(long)]
     pub json: bool,
 
@@ -91,7 +92,9 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
     if let Some(path) = &args.csv {
         results::can_append::<KernelRow>(path)?;
     }
-    let old = args.compare.as_deref().map(results::read_rows::<KernelRow>).transpose()?;
+    if let Some(path) = &args.compare {
+        results::read_rows::<KernelRow>(path)?;
+    }
     let mut table = Table::new(args);
     match args.device.backend()? {
         #[cfg(feature = "cuda")]
@@ -113,7 +116,7 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
             }
         }
     }
-    table.finish(old.as_deref())
+    table.finish(args.compare.as_deref())
 }
 
 /// An implementation that is named must be one of those there are.
@@ -185,7 +188,7 @@ fn shapes(op: &Op, model: &halfbyte::bench::kernels::models::Model) -> usize {
 /// Prints rows as they come, and keeps them.
 pub struct Table<'a> {
     out: Out,
-    csv: Option<&'a std::path::Path>,
+    csv: Option<&'a Path>,
     json: bool,
     rows: Vec<KernelRow>,
     refused: Vec<String>,
@@ -267,13 +270,20 @@ impl<'a> Table<'a> {
     }
 
     /// [`Error::Cuda`] if a row was refused: the kernel is wrong.
-    pub fn finish(mut self, old: Option<&[KernelRow]>) -> Result<()> {
-        if self.json {
-            self.out.json(&json!(self.rows))?;
-        } else {
+    pub fn finish(mut self, old: Option<&Path>) -> Result<()> {
+        if !self.json {
             put!(self.out, "\n{} rows, every one checked against the host", self.rows.len())?;
         }
-        let _ = old;
+        let moved = old.map(|old| compare::against(old, &self.rows)).transpose()?;
+        match (moved, old) {
+            (Some(moved), _) if self.json => self.out.json(&json!({ "rows": self.rows, "comparison": moved }))?,
+            (None, _) if self.json => self.out.json(&json!(self.rows))?,
+            (Some(moved), Some(old)) => {
+                put!(self.out, "\nagainst {}:", old.display())?;
+                super::compare::print(&mut self.out, (old, Path::new("this run")), false, &moved)?;
+            }
+            _ => {}
+        }
         self.out.flush()?;
         match self.refused.first() {
             None => Ok(()),
