@@ -122,9 +122,9 @@ impl Sum {
         self.squares += term * term;
     }
 
-    /// Of exact operands, summed in f32. Tensor cores cut off where arithmetic rounds: twice the loss.
+    /// Of exact operands, summed in f32.
     pub fn expected(self, element: Element) -> Expected {
-        Expected::rounded(self.value, element, 2.0 * self.magnitude)
+        Expected::rounded(self.value, element, self.magnitude)
     }
 }
 

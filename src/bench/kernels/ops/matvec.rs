@@ -68,8 +68,8 @@ fn quantized(m: &Model, t: usize, (n, k): (usize, usize)) -> Case {
         };
         let mut sums = forward_sums(span.clone(), (n, k), i.of("x"), weight);
         add_pair(&mut sums, span, n, i.of("h"), |column, j| b.at(column * R + j));
-        // Each weight, or its code's value, is off by half an ulp at most, in either direction: a sum of random signs, of
-        // which six deviations do not happen.
+        // Rounded weights, or rounded values of the code book, are off by 1.7e-3 of their size, in either direction: six
+        // deviations of such a sum do not happen.
         sums.into_iter().map(|sum| sum.expected(Bf16).with_error(6.0 * Bf16.half_ulp() * sum.squares.sqrt())).collect()
     };
     let y = Arg::output("y", Bf16, &dims!(T = t, N = n), 2 * k);

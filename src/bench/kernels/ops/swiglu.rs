@@ -17,7 +17,7 @@ use crate::bench::kernels::values::Inputs;
 
 /// Of an element: an exponential and a division among them.
 const COST: usize = 16;
-/// A fast exponential of |x| < 4 and a fast division are off by up to four times as much as [`Expected::rounded`] allows.
+/// A fast exponential of |x| < 4 and a fast division may lose up to four times what [`Expected::rounded`] allows by itself.
 const FAST: f64 = 4.0;
 
 pub const OPS: &[Op] = &[
