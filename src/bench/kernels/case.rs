@@ -44,11 +44,11 @@ impl Element {
         }
     }
 
-    /// Half of the distance of two neighbours, relative to a number between them: 2^-9 for bf16, 2^-25 for f32.
+    /// What rounding may be off, relative to the number: 2^-8 for bf16, 2^-24 for f32.
     pub fn half_ulp(self) -> f64 {
         match self {
-            Self::Bf16 => 1.0 / 512.0,
-            Self::F32 => 1.0 / f64::from(1u32 << 25),
+            Self::Bf16 => 1.0 / 256.0,
+            Self::F32 => 1.0 / f64::from(1u32 << 24),
             Self::F64 | Self::I32 | Self::U8 => 0.0,
         }
     }
@@ -184,14 +184,14 @@ impl Expected {
         Self { value, tolerance: 0.0 }
     }
 
-    /// `value` rounded to `element` once, or twice as far off, on top of what f32 arithmetic loses in sums whose terms
-    /// have absolute values that add up to `magnitude`.
+    /// `value` rounded to `element` once, on top of what f32 arithmetic loses in sums whose terms have absolute values
+    /// that add up to `magnitude`.
     pub fn rounded(value: f64, element: Element, magnitude: f64) -> Self {
         // 2^-20: sixteen times the rounding of one f32 operation.
-        Self { value, tolerance: 2.0 * element.half_ulp() * value.abs() + magnitude / f64::from(1u32 << 20) + 1e-30 }
+        Self { value, tolerance: element.half_ulp() * value.abs() + magnitude / f64::from(1u32 << 20) + 1e-30 }
     }
 
-    /// The same where `intermediates` of the sum were rounded to bf16 on the way: `error` is what that may come to.
+    /// The same where numbers were rounded to bf16 on the way: `error` is what that may come to.
     pub fn with_error(self, error: f64) -> Self {
         Self { tolerance: self.tolerance + error, ..self }
     }

@@ -70,7 +70,7 @@ fn quantized(m: &Model, t: usize, (n, k): (usize, usize)) -> Case {
         add_pair(&mut sums, span, n, i.of("h"), |column, j| b.at(column * R + j));
         // Rounded weights, or rounded values of the code book, are off by 1.7e-3 of their size, in either direction: six
         // deviations of such a sum do not happen.
-        sums.into_iter().map(|sum| sum.expected(Bf16).with_error(6.0 * Bf16.half_ulp() * sum.squares.sqrt())).collect()
+        sums.into_iter().map(|sum| sum.expected(Bf16).with_error(3.0 * Bf16.half_ulp() * sum.squares.sqrt())).collect()
     };
     let y = Arg::output("y", Bf16, &dims!(T = t, N = n), 2 * k);
     let x = Arg::input("x", Bf16, &dims!(T = t, K = k), Fill::Random(1.0));
