@@ -154,7 +154,7 @@ fn a_file_that_ends_in_mid_line_is_refused_and_left_alone() {
     refused(&append(&path, &[DecodeRow::default()]).unwrap_err(), &path, &["last line", "cut off"]);
     assert_eq!(fs::read_to_string(&path).unwrap(), cut);
     let broken = DecodeRow { shape: "two\nlines".into(), ..DecodeRow::default() };
-    append(&path, &[broken.clone()]).unwrap_err();
+    append(&path, std::slice::from_ref(&broken)).unwrap_err();
     fs::remove_file(&path).unwrap();
     append(&path, &[broken]).unwrap();
     let whole = fs::read_to_string(&path).unwrap();

@@ -17,9 +17,10 @@ const NAMED: usize = 3;
   halfbyte bench compare bench/results/2026-11-24-h100-steps.csv steps.csv
   halfbyte bench compare old-kernels.csv kernels.csv --gate 5 --allow nf4_quantize
 
-Rows match by what was timed, tool (whatever its version) and card. A row has moved if no sample of the one file lies
-among those of the other: the intervals from least to most are disjoint. A row without least and most (step ops, loading)
-counts as ± 5 %. Of several rows with one key the last counts.
+Rows match by what was timed, tool (whatever its version) and card. A row has moved if no sample
+of the one file lies among those of the other: the intervals from least to most are disjoint. A row
+without least and most (step ops, loading) counts as ± 5 %. Of several rows with one key the last
+counts.
 Exit codes: 0 compared, 2 nothing to compare, 3 --gate found a slower row.")]
 pub struct CompareArgs {
     /// CSV file of before
