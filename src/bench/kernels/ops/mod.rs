@@ -6,7 +6,12 @@ macro_rules! dims {
     ($($letter:ident = $size:expr),+) => { [$((stringify!($letter), $size)),+] };
 }
 
+mod adamw;
+mod attention;
+mod attention_decode;
+mod lora;
 mod rmsnorm;
+mod sums;
 
 use super::case::Case;
 use super::models::Model;
@@ -29,7 +34,11 @@ pub struct Op {
 
 /// All ops, in the order of the table.
 pub fn all() -> Vec<Op> {
-    [rmsnorm::OPS].into_iter().flatten().copied().collect()
+    [rmsnorm::OPS, attention::OPS, attention_decode::OPS, lora::OPS, adamw::OPS]
+        .into_iter()
+        .flatten()
+        .copied()
+        .collect()
 }
 
 #[cfg(test)]
