@@ -219,16 +219,16 @@ fn backward(group: Group) -> Case {
             return span.map(element).map(|(sum, size)| Expected::rounded(sum, Bf16, size)).collect();
         }
         // The column of dh that the elements of a row of dA share.
-        let mut column: (Option<(usize, usize)>, Vec<(f64, f64)>) = (None, vec![]);
+        let (mut column_of, mut column) = (None, vec![]);
         let mut element = |at: usize| {
             let (part, old) = (of.part_of(at), d_lora.at(at));
             let (mut terms, mut size, mut roundings) = (Terms::default(), old.abs(), 0.0);
             if at < part.b {
                 let (j, w) = ((at - part.a) / k, (at - part.a) % k);
-                if column.0 != Some((part.a, j)) {
-                    column = (Some((part.a, j)), dh(i, &of, part, j, 0..t));
+                if column_of != Some((part.a, j)) {
+                    (column_of, column) = (Some((part.a, j)), dh(i, &of, part, j, 0..t));
                 }
-                for (t, (value, relative_to)) in column.1.iter().enumerate() {
+                for (t, (value, relative_to)) in column.iter().enumerate() {
                     terms.add(value * x.at(t * k + w));
                     size += relative_to * x.at(t * k + w).abs();
                 }
