@@ -6,6 +6,9 @@ macro_rules! dims {
     ($($letter:ident = $size:expr),+) => { [$((stringify!($letter), $size)),+] };
 }
 
+mod adamw;
+mod attention;
+mod attention_decode;
 mod bias;
 mod cross_entropy;
 mod embedding;
@@ -16,12 +19,14 @@ mod linear;
 #[cfg(feature = "cuda")]
 mod linear_cuda;
 mod load;
+mod lora;
 mod matvec;
 mod nf4;
 mod nf4_gemm;
 mod rmsnorm;
 mod rope;
 mod rows;
+mod sums;
 mod swiglu;
 
 use super::case::Case;
@@ -50,16 +55,20 @@ pub fn all() -> Vec<Op> {
         rmsnorm::OPS,
         head_norm::OPS,
         rope::OPS,
+        attention::OPS,
+        attention_decode::OPS,
         swiglu::OPS,
         linear::OPS,
         gemm::OPS,
         nf4_gemm::OPS,
+        lora::OPS,
         matvec::OPS,
         nf4::OPS,
         bias::OPS,
         rows::OPS,
         cross_entropy::OPS,
         grad_norm::OPS,
+        adamw::OPS,
         load::OPS,
     ]
     .into_iter()
