@@ -2,6 +2,7 @@
 
 pub mod decode;
 pub mod environment;
+pub mod floors;
 pub mod random_weights;
 pub mod results;
 pub mod step;

@@ -74,4 +74,15 @@ impl Cuda {
         };
         Ok(BYTES as f64 / self.seconds(copy)?)
     }
+
+    /// Bytes a second that a copy inside device memory reads and writes, at its best. Buffers of its own, far larger than any
+    /// cache, beside the arena.
+    pub fn copy_rate(&self) -> Result<f64> {
+        const BYTES: usize = 512 << 20;
+        let (mut from, mut to) = (self.allocate_alone::<u8>(BYTES)?, self.allocate_alone::<u8>(BYTES)?);
+        self.zero(from.view_mut())?;
+        let rounds =
+            (0..3).map(|_| self.seconds(|| self.copy(to.view_mut(), from.view()))).collect::<Result<Vec<_>>>()?;
+        Ok(2.0 * BYTES as f64 / rounds.into_iter().fold(f64::INFINITY, f64::min))
+    }
 }
