@@ -61,8 +61,8 @@ pub struct Batch<B: Backend> {
     pub t: usize,
     pub b: usize,
     pub m: usize,
-    /// Longest sequence.
-    pub max_seqlen: usize,
+    /// Tokens of each sequence, what was rounded up among them; on the host.
+    pub lengths: Vec<usize>,
     /// Tokens the buffers were made for.
     pub capacity: usize,
 }
@@ -83,7 +83,7 @@ impl<B: Backend> Batch<B> {
             t: 0,
             b: 0,
             m: 0,
-            max_seqlen: 0,
+            lengths: vec![],
             capacity,
         })
     }
@@ -97,7 +97,8 @@ impl<B: Backend> Batch<B> {
         assert_eq!(host.cu_seqlens.last().copied(), Some(t as i32), "cu_seqlens ends at T");
         let padded = Padded::new(host, backend.granularity(), self.capacity);
         (self.t, self.b, self.m) = (padded.tokens.len(), padded.cu_seqlens.len() - 1, padded.target_rows.len());
-        self.max_seqlen = padded.cu_seqlens.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0) as usize;
+        self.lengths.clear();
+        self.lengths.extend(padded.cu_seqlens.windows(2).map(|w| (w[1] - w[0]) as usize));
         backend.write_i32(&mut self.tokens, &padded.tokens)?;
         backend.write_i32(&mut self.positions, &padded.positions)?;
         backend.write_i32(&mut self.cu_seqlens, &padded.cu_seqlens)?;

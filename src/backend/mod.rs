@@ -15,11 +15,13 @@ pub mod cpu;
 pub mod cuda;
 mod frame;
 mod shape;
+pub mod work;
 pub mod workspace;
 
 pub use adamw::{Moment, NewOptimizer, OptimKind, OptimizerState, ParamGroup};
 pub use batch::{Batch, HostBatch, IGNORE};
 pub use frame::{Item, Needs, Scope, StepKey, StepKind};
+pub use work::{OpTime, Work};
 
 use crate::error::Result;
 use crate::tensor::HostMatrix;
@@ -59,6 +61,20 @@ pub trait Backend: Sized {
         f: &mut dyn FnMut(&mut Self) -> Result<()>,
     ) -> Result<()> {
         f(self)
+    }
+    /// From now on takes the time of each op, or no longer; what it took so far is forgotten. Recorded micro-steps are
+    /// recorded anew, and one that cannot be is an error: launched op by op it would be another step.
+    fn time_ops(&mut self, _on: bool) -> Result<()> {
+        Ok(())
+    }
+    /// The time of each op since the last call, in the order of first use; waits for them. A backend may leave it to
+    /// [`Backend::time_ops`] whether there are any.
+    fn take_op_times(&mut self) -> Result<Vec<OpTime>> {
+        Ok(vec![])
+    }
+    /// Tells a profiler that is attached where to begin and where to end.
+    fn profiler(&mut self, _on: bool) -> Result<()> {
+        Ok(())
     }
     /// The token count of a micro-batch is padded to a multiple of this, see [`Batch`].
     fn granularity(&self) -> usize {

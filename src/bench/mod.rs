@@ -3,6 +3,7 @@
 pub mod compare;
 pub mod decode;
 pub mod environment;
+pub mod floors;
 pub mod kernels;
 pub mod random_weights;
 pub mod results;

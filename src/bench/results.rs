@@ -121,6 +121,8 @@ pub struct StepOpRow {
     pub memory: String,
     /// Median of a whole step whose ops are not timed.
     pub step_ms: f64,
+    /// The same while they are: what is more is the cost of timing.
+    pub timed_step_ms: f64,
     pub op: String,
     pub calls: usize,
     pub op_ms: f64,

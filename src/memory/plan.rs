@@ -130,7 +130,6 @@ pub fn measure(of: &Request, layers: &[LayerPlan], optimizer_on_device: bool) ->
     // A full batch of sequences of one length, every token of which is a target.
     batch.t = of.tokens.next_multiple_of(meter.granularity());
     (batch.b, batch.m) = (of.sequences.max(1), of.tokens);
-    batch.max_seqlen = of.tokens.div_ceil(batch.b);
     let tensors = of.adapter.layout.tensor_lens();
     meter.label(Item::Optimizer);
     let mut state = meter.optimizer(of.optim, &tensors);

@@ -1,5 +1,7 @@
 //! `halfbyte bench`.
 
+use halfbyte::bench::results::{StepOpRow, read_rows};
+
 use crate::halfbyte;
 
 #[test]
@@ -16,6 +18,50 @@ fn a_step_gives_one_row_with_its_figures() {
     let text = std::fs::read_to_string(csv).unwrap();
     let columns: Vec<usize> = text.lines().map(|l| l.split(',').count()).collect();
     assert!(columns.len() == 3 && columns.iter().all(|c| *c == columns[0]), "a line of names and two rows: {text}");
+}
+
+#[test]
+fn the_ops_of_a_step_are_rows_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let csv = dir.path().join("ops.csv");
+    let path = csv.to_str().unwrap();
+    let step = ["bench", "step", "--shape", "tiny", "--length", "32", "--steps", "2", "--device", "cpu", "--ops"];
+    let json = halfbyte(step.iter().chain(&["--ops-csv", path, "--json"])).json();
+    let rows: Vec<StepOpRow> = read_rows(&csv).unwrap();
+    assert_eq!(json["ops"].as_array().unwrap().len(), rows.len());
+    // Four layers that keep everything.
+    for (op, calls) in [("embedding", 1), ("rmsnorm_forward", 17), ("linear_forward", 16), ("linear_backward", 16)] {
+        let row = rows.iter().find(|r| r.op == op).unwrap();
+        assert_eq!(row.calls, calls, "{row:?}");
+        assert!(row.op_ms > 0.0, "{row:?}");
+        assert_eq!((row.bytes, row.flops, row.floor_ms), (0.0, 0.0, 0.0), "the CPU has no floors: {row:?}");
+    }
+    assert!(rows.is_sorted_by(|a, b| a.op_ms >= b.op_ms), "{rows:?}");
+    let (sum, step_ms) = (rows.iter().map(|r| r.op_ms).sum::<f64>(), rows[0].timed_step_ms);
+    assert!(sum <= 1.05 * step_ms, "{sum} ms of ops in a step of {step_ms} ms");
+    assert_eq!(json["ms"].as_f64(), Some(rows[0].step_ms));
+
+    let table = halfbyte(step.iter().chain(&["--ops-csv", path]));
+    for part in ["linear_backward", "between ops", "whose ops are timed"] {
+        assert!(table.ok().contains(part), "{part}: {table:#?}");
+    }
+    assert_eq!(read_rows::<StepOpRow>(&csv).unwrap().len(), 2 * rows.len());
+    let without = halfbyte(step[..step.len() - 1].iter().chain(&["--json"])).json();
+    assert!(without.get("ops").is_none(), "{without}");
+}
+
+#[test]
+fn times_of_ops_that_cannot_be_kept_are_refused() {
+    let step = ["bench", "step", "--shape", "tiny", "--length", "32", "--device", "cpu"];
+    let with = |more: &[&str]| halfbyte(step.iter().chain(more));
+    with(&["--profile-range"]).fails(2, &["--profile-range", "a GPU"]);
+    with(&["--ops-csv", "ops.csv"]).fails(2, &["--ops"]);
+    with(&["--ops", "--ops-csv", "/nonexistent/a.csv"]).fails(1, &["/nonexistent/a.csv", "cannot open"]);
+    let dir = tempfile::tempdir().unwrap();
+    let other = dir.path().join("steps.csv");
+    let path = other.to_str().unwrap();
+    with(&["--steps", "1", "--warm-up", "0", "--csv", path]).ok();
+    with(&["--ops", "--ops-csv", path]).fails(2, &[path, "step ops"]);
 }
 
 #[test]

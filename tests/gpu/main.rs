@@ -30,6 +30,7 @@ mod plan;
 mod rmsnorm;
 mod rope;
 mod runtime;
+mod step_ops;
 mod support;
 mod swiglu;
 #[path = "../properties/tiny.rs"]
@@ -76,6 +77,7 @@ fn main() {
     let mut alone = model::recorded_trials();
     alone.extend(runtime::trials());
     alone.extend(plan::trials());
+    alone.extend(step_ops::trials());
     alone.extend(kernels::trials());
 
     let missing = Cuda::open(0).err().map(|why| why.to_string());

@@ -22,7 +22,7 @@ mod weights;
 mod tests;
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -30,6 +30,7 @@ pub use optimizer::Optimizer;
 pub use weights::Matrix;
 
 use super::shape::{at_least, exactly};
+use super::work::add_call;
 use super::*;
 use crate::error::Error;
 
@@ -40,14 +41,6 @@ pub struct Cpu {
     threads: usize,
     scratch: Scratch,
     times: Vec<OpTime>,
-}
-
-/// How long an op has run so far, all calls together.
-#[derive(Clone, Copy, Debug)]
-pub struct OpTime {
-    pub op: &'static str,
-    pub calls: u64,
-    pub time: Duration,
 }
 
 /// Buffers that ops reuse from call to call, each as long as its longest use so far.
@@ -160,12 +153,7 @@ impl Cpu {
             Some(pool) => pool.install(|| f(&mut self.scratch)),
             None => f(&mut self.scratch),
         };
-        let at = self.times.iter().position(|t| t.op == op).unwrap_or_else(|| {
-            self.times.push(OpTime { op, calls: 0, time: Duration::ZERO });
-            self.times.len() - 1
-        });
-        self.times[at].calls += 1;
-        self.times[at].time += start.elapsed();
+        add_call(&mut self.times, op, start.elapsed(), Work::default());
         result
     }
 }
@@ -202,6 +190,15 @@ impl Backend for Cpu {
     fn describe(&self) -> String {
         let s = if self.threads == 1 { "" } else { "s" };
         format!("CPU ({} thread{s})", self.threads)
+    }
+
+    fn time_ops(&mut self, _on: bool) -> Result<()> {
+        self.reset_times();
+        Ok(())
+    }
+
+    fn take_op_times(&mut self) -> Result<Vec<OpTime>> {
+        Ok(std::mem::take(&mut self.times))
     }
 
     fn alloc_act(&mut self, len: usize) -> Result<Vec<f32>> {

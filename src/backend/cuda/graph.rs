@@ -7,9 +7,10 @@ use std::collections::VecDeque;
 
 use cudarc::driver::{CudaGraph, sys};
 
+use super::timer::Call;
 use super::{Cuda, driver_error};
 use crate::backend::StepKey;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Graphs kept; the one used longest ago goes first.
 const GRAPHS: usize = 16;
@@ -31,7 +32,15 @@ pub(super) struct Graphs {
     /// Keys that have run, the latest last.
     seen: VecDeque<StepKey>,
     /// Records, the one used last at the end.
-    kept: Vec<(StepKey, CudaGraph)>,
+    kept: Vec<Record>,
+}
+
+/// A micro-step as it is replayed.
+struct Record {
+    key: StepKey,
+    graph: CudaGraph,
+    /// Its ops whose time every replay takes. Behind the graph: it records their events.
+    calls: Vec<Call>,
 }
 
 impl Graphs {
@@ -76,12 +85,9 @@ impl Cuda {
             f(self)?;
             return self.join_transfers();
         }
-        if let Some(at) = self.graphs.kept.iter().position(|(k, _)| *k == key) {
+        if let Some(at) = self.graphs.kept.iter().position(|r| r.key == key) {
             let record = self.graphs.kept.remove(at);
-            let launched = record.1.launch();
-            self.graphs.kept.push(record);
-            self.calls.replay();
-            return launched.map_err(|e| driver_error("cuGraphLaunch", e));
+            return self.launch(record);
         }
         if !self.graphs.meet(key) {
             f(self)?;
@@ -90,14 +96,15 @@ impl Cuda {
         // A copy begun before must not be waited for inside the record.
         self.join_transfers()?;
         match self.record(f)? {
-            Some(graph) => {
+            Some((graph, calls)) => {
                 if self.graphs.kept.len() == GRAPHS {
                     self.graphs.kept.remove(0);
                 }
-                let launched = graph.launch();
-                self.graphs.kept.push((key, graph));
-                self.calls.replay();
-                launched.map_err(|e| driver_error("cuGraphLaunch", e))
+                self.launch(Record { key, graph, calls })
+            }
+            None if self.timer.is_some() => {
+                let detail = self.graphs.failure.clone().unwrap_or("nothing was recorded".into());
+                Err(Error::Cuda { op: "recording a micro-step whose ops are timed".into(), detail })
             }
             None => {
                 // What is really wrong shows when the ops run.
@@ -109,15 +116,31 @@ impl Cuda {
         }
     }
 
-    /// What `f` launches, without running it. None if it could not be recorded: work of another thread of the process can
-    /// spoil a recording.
-    pub(super) fn record(&mut self, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<CudaGraph>> {
+    /// Replays a record and keeps it.
+    fn launch(&mut self, record: Record) -> Result<()> {
+        let launched = record.graph.launch();
+        if let Some(timer) = &mut self.timer {
+            timer.calls.extend(record.calls.iter().cloned());
+        }
+        self.graphs.kept.push(record);
+        self.calls.replay();
+        launched.map_err(|e| driver_error("cuGraphLaunch", e))
+    }
+
+    /// What `f` launches and its timed ops, without running it. None if it could not be recorded: work of another thread of
+    /// the process can spoil a recording.
+    pub(super) fn record(
+        &mut self,
+        f: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<Option<(CudaGraph, Vec<Call>)>> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(|e| driver_error("cuStreamBeginCapture", e))?;
         self.graphs.recording = true;
         let depth = self.scopes.depth();
+        let before = self.timer.as_ref().map_or(0, |t| t.calls.len());
         let ran = f(self).and_then(|()| self.join_transfers());
         self.graphs.recording = false;
+        let calls = self.timer.as_mut().map_or(vec![], |t| t.calls.split_off(before));
         let record = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
         if let Err(error) = ran {
             self.graphs.failure = Some(error.to_string());
@@ -129,7 +152,7 @@ impl Cuda {
         match record {
             Ok(Some(graph)) => {
                 self.calls.record();
-                Ok(Some(graph))
+                Ok(Some((graph, calls)))
             }
             Ok(None) => Ok(None),
             Err(error) => {

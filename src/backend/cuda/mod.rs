@@ -19,6 +19,7 @@ pub mod ops;
 pub mod optimizer;
 mod rates;
 mod scratch;
+mod timer;
 pub(crate) mod timing;
 pub mod transfer;
 
@@ -38,6 +39,8 @@ pub use linear::LinearKind;
 pub struct Cuda {
     // What lives on the stream goes before it.
     graphs: graph::Graphs,
+    /// While ops are timed.
+    timer: Option<timer::Timer>,
     cublas: Option<cublas::Cublas>,
     scratch: Option<Box<scratch::Scratch>>,
     transfers: Option<transfer::Transfers>,
@@ -152,6 +155,7 @@ impl Cuda {
         let kernels = Kernels::pick(device.compute_capability)?;
         Ok(Self {
             graphs: graph::Graphs::from_environment(),
+            timer: None,
             cublas: None,
             scratch: None,
             transfers: None,

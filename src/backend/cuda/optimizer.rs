@@ -177,6 +177,12 @@ impl Optimizer {
         self.p == 0
     }
 
+    /// Bytes of master weights and moments.
+    pub fn bytes(&self) -> usize {
+        let StateLayout { master, m, v, m_absmax, v_absmax, .. } = &self.layout;
+        [master, m, v, m_absmax, v_absmax].map(|section| section.len()).iter().sum()
+    }
+
     /// Where the state lives.
     pub fn placement(&self) -> Placement {
         self.region.placement()

@@ -5,12 +5,14 @@ mod decode;
 pub mod kernels;
 mod load;
 mod step;
+mod step_ops;
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use halfbyte::Result;
 use halfbyte::bench::results::{self, Row};
+use serde::Serialize;
 
 use crate::cli::output::Out;
 
@@ -68,12 +70,17 @@ impl RowArgs {
 
     /// Appends the row, then shows it: as JSON, or by `print`.
     fn put<R: Row>(&self, row: &R, print: impl FnOnce(&mut Out) -> Result<()>) -> Result<()> {
+        self.put_as(row, row, print)
+    }
+
+    /// The same; as JSON, what is shown is `json`.
+    fn put_as<R: Row>(&self, row: &R, json: &impl Serialize, print: impl FnOnce(&mut Out) -> Result<()>) -> Result<()> {
         if let Some(path) = &self.csv {
             results::append(path, std::slice::from_ref(row))?;
         }
         let mut out = Out::new();
         if self.json {
-            out.value(row)?
+            out.value(json)?
         } else {
             print(&mut out)?
         }

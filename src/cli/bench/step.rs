@@ -2,17 +2,19 @@
 
 use clap::Args;
 use halfbyte::backend::Backend;
-use halfbyte::backend::cpu::OpTime;
 use halfbyte::bench::environment::{Environment, environment};
-use halfbyte::bench::results::{StepRow, figure};
+use halfbyte::bench::floors::Ceilings;
+use halfbyte::bench::results::{StepOpRow, StepRow, figure};
 use halfbyte::bench::step::{self, Report, Spec};
 use halfbyte::memory::{self, Card, Mode, Plan, Request};
 use halfbyte::model::shapes::{self, Format};
 use halfbyte::model::{HostAdapter, Keep, LayerPlan, LoraConfig, ModelConfig, ModelOptions, TargetModules};
 use halfbyte::train::TrainConfig;
 use halfbyte::{Error, Result};
+use serde::Serialize;
 
 use super::RowArgs;
+use super::step_ops::{self, OpsArgs};
 use crate::cli::args::{DeviceArgs, at_least_one, micro_batch, named_shape};
 use crate::cli::load::{Picked, with_backend};
 use crate::cli::output::{Out, put};
@@ -22,6 +24,7 @@ use crate::cli::progress::{Progress, Unit};
 #[command(after_help = "Examples:
   halfbyte bench step --shape mistral-7b --batch 4 --length 2048
   halfbyte bench step --shape mistral-7b --length 8192 --memory 24GiB --csv steps.csv
+  halfbyte bench step --shape mistral-7b --batch 4 --length 2048 --ops --ops-csv ops.csv
   halfbyte bench step --shape smollm2-135m --length 512 --device cpu
 
 A step is one micro-batch forward and backward, the gradient norm and the update; LoRA on all seven projections. The
@@ -67,6 +70,13 @@ pub struct StepArgs {
     #[arg(long, value_name = "N", default_value_t = 4)]
     warm_up: usize,
 
+    /// Have an attached profiler see the timed steps alone, see docs/profiling.md; needs a GPU
+    #[arg(long)]
+    profile_range: bool,
+
+    #[command(flatten)]
+    ops: OpsArgs,
+
     #[command(flatten)]
     row: RowArgs,
 
@@ -80,6 +90,8 @@ struct Machine {
     card: Option<Card>,
     /// FLOP/s that the largest product reaches; None on the CPU.
     rate: Option<f64>,
+    /// What ops are measured by; None on the CPU, and where they are not timed.
+    ceilings: Option<Ceilings>,
 }
 
 pub fn run(args: &StepArgs) -> Result<()> {
@@ -88,23 +100,37 @@ pub fn run(args: &StepArgs) -> Result<()> {
     }
     micro_batch("--length", args.batch, args.length)?;
     args.row.check::<StepRow>()?;
+    args.ops.check()?;
     let config = named_shape(&args.shape)?;
     let mut picked = args.device.backend()?;
+    if args.profile_range && picked.gpu().is_none() {
+        return Err(Error::flag("--profile-range", "the CPU", "a GPU: it is for nsys and ncu"));
+    }
     let free = with_backend!(&mut picked, |b| b.free_memory())?;
     let machine = machine(&mut picked, args, &config)?;
     let (plan, report) = with_backend!(&mut picked, |b| measure(b, &config, args, &machine, free))?;
     let row = row(args, &config, &machine, plan.as_ref(), &report, environment(picked.gpu()));
-    args.row.put(&row, |out| print(out, args, &row, plan.as_ref(), &report, &picked))
+    let ops = report.ops.as_ref().map(|ops| step_ops::rows(&row, ops, machine.ceilings));
+    if let Some(ops) = &ops {
+        args.ops.append(ops)?;
+    }
+    let json = Shown { step: &row, ops: ops.as_deref() };
+    args.row.put_as(&row, &json, |out| {
+        print(out, args, &row, plan.as_ref(), &report)?;
+        ops.as_deref().map_or(Ok(()), |ops| step_ops::print(out, ops, machine.ceilings))
+    })
 }
 
-fn print(
-    out: &mut Out,
-    args: &StepArgs,
-    row: &StepRow,
-    plan: Option<&Plan>,
-    report: &Report,
-    picked: &Picked,
-) -> Result<()> {
+/// The JSON object.
+#[derive(Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    step: &'a StepRow,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ops: Option<&'a [StepOpRow]>,
+}
+
+fn print(out: &mut Out, args: &StepArgs, row: &StepRow, plan: Option<&Plan>, report: &Report) -> Result<()> {
     put!(
         out,
         "{}: {} × {} tokens of {}, r = {}, {}",
@@ -144,38 +170,24 @@ fn print(
         report.loss,
         report.grad_norm,
         report.load_seconds
-    )?;
-    for (op, calls, seconds, share) in op_times(picked) {
-        put!(out, "{op:>20} {calls:7} calls {:10.2} ms {share:5.1} %", seconds * 1e3)?;
-    }
-    Ok(())
-}
-
-/// Each op of the CPU backend, the longest first: calls, seconds, per cent of all. On a GPU a profiler tells.
-fn op_times(picked: &Picked) -> Vec<(&'static str, u64, f64, f64)> {
-    let times = match picked {
-        Picked::Cpu(cpu) => cpu.times(),
-        #[cfg(feature = "cuda")]
-        Picked::Cuda(_) => &[],
-    };
-    let total: f64 = times.iter().map(|op| op.time.as_secs_f64()).sum();
-    let row = |op: &OpTime| (op.op, op.calls, op.time.as_secs_f64(), 100.0 * op.time.as_secs_f64() / total);
-    let mut rows: Vec<_> = times.iter().map(row).collect();
-    rows.sort_by(|a, b| b.2.total_cmp(&a.2));
-    rows
+    )
 }
 
 #[cfg_attr(not(feature = "cuda"), expect(unused, clippy::unnecessary_wraps, reason = "for a GPU"))]
 fn machine(picked: &mut Picked, args: &StepArgs, config: &ModelConfig) -> Result<Machine> {
     match picked {
-        Picked::Cpu(cpu) => Ok(Machine { name: cpu.describe(), card: None, rate: None }),
+        Picked::Cpu(cpu) => Ok(Machine { name: cpu.describe(), card: None, rate: None, ceilings: None }),
         #[cfg(feature = "cuda")]
         Picked::Cuda(cuda) => {
             let device = cuda.device();
             let (name, card) = (device.name.clone(), *Card::of_device(&device.name, device.memory));
             let tokens = (args.batch * args.length).clamp(8192, 16_384);
             let rate = cuda.gemm_rate(tokens, config.intermediate_size, config.hidden_size)?;
-            Ok(Machine { name, card: Some(card), rate: Some(rate) })
+            let ceilings = match args.ops.ops {
+                true => Some(Ceilings { copy: cuda.copy_rate()?, product: rate }),
+                false => None,
+            };
+            Ok(Machine { name, card: Some(card), rate: Some(rate), ceilings })
         }
     }
 }
@@ -234,6 +246,8 @@ fn measure<B: Backend>(
         dropout: args.lora_dropout,
         steps: args.steps,
         warm_up: args.warm_up,
+        ops: args.ops.ops,
+        profiler: args.profile_range,
     };
     let mut bar = Progress::new(format!("{} × {}", args.batch, args.length), Unit::Count("steps"));
     let report = step::run(backend, &spec, free, &mut |done, all| bar.set(done as u64, all as u64))?;

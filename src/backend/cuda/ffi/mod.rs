@@ -45,6 +45,8 @@ unsafe extern "C" {
     fn cudaRuntimeGetVersion(version: *mut c_int) -> Status;
     fn cudaSetDevice(device: c_int) -> Status;
     fn cudaDeviceSynchronize() -> Status;
+    fn cudaProfilerStart() -> Status;
+    fn cudaProfilerStop() -> Status;
     fn cudaGetErrorName(status: Status) -> *const c_char;
     fn cudaGetErrorString(status: Status) -> *const c_char;
 }
@@ -103,4 +105,13 @@ pub fn set_device(ordinal: c_int) -> Result<(), (c_int, String)> {
     // SAFETY: takes a number, and answers with an error to one that is no GPU's.
     let status = unsafe { cudaSetDevice(ordinal) };
     if status.0 == 0 { Ok(()) } else { Err((status.0, status.words())) }
+}
+
+/// Begins or ends the range that a profiler looks at which was told to wait for one; without a profiler nothing happens.
+pub fn profiler(on: bool) -> Result<()> {
+    // SAFETY: neither takes an argument; they concern the current context.
+    match on {
+        true => unsafe { cudaProfilerStart() }.check("cudaProfilerStart"),
+        false => unsafe { cudaProfilerStop() }.check("cudaProfilerStop"),
+    }
 }
