@@ -25,19 +25,21 @@ fn rows_are_printed_kept_and_compared_with_those_before() {
     }
     let kept = halfbyte::bench::results::read_rows::<halfbyte::bench::results::KernelRow>(&csv).unwrap();
     assert_eq!(kept.len(), rows.len());
-    let text = halfbyte(args(&[&ops[..], &["--compare", path]].concat())).ok();
+    let run = halfbyte(args(&[&ops[..], &["--compare", path]].concat()));
+    let text = run.ok();
     assert!(text.contains("% floor") && text.contains("compared"), "{text}");
 }
 
 #[test]
 fn without_a_gpu_it_says_so() {
     let run = halfbyte(args(&["--op", "rope_forward", "--tokens", "16"]));
-    assert!(run.stderr().contains("no GPU is used"), "{}", run.stderr());
+    assert!(run.stderr.contains("no GPU is used"), "{}", run.stderr);
 }
 
 #[test]
 fn every_op_is_listed() {
-    let list = halfbyte(["bench", "kernels", "--list"]).ok();
+    let run = halfbyte(["bench", "kernels", "--list"]);
+    let list = run.ok();
     for op in halfbyte::bench::kernels::ops::all() {
         assert!(list.contains(op.name), "{}", op.name);
     }

@@ -106,7 +106,7 @@ impl Shape {
     fn batch(&self, cpu: &mut Cpu, cu_seqlens: &[i32]) -> Result<Batch<Cpu>> {
         let mut batch = Batch::new(cpu, 0)?;
         batch.cu_seqlens = cu_seqlens.to_vec();
-        (batch.t, batch.b, batch.max_seqlen) = (self.t, self.b(), self.len);
+        (batch.t, batch.b, batch.lengths) = (self.t, self.b(), vec![self.len; self.b()]);
         Ok(batch)
     }
 }
