@@ -7,6 +7,7 @@ mod adamw;
 mod attention;
 mod bench;
 mod bias;
+mod candidate;
 mod cross_entropy;
 mod decode;
 mod device;
@@ -80,6 +81,8 @@ fn main() {
     let mut alone = model::recorded_trials();
     alone.extend(runtime::trials());
     alone.extend(plan::trials());
+    // Its races are timed.
+    alone.extend(candidate::trials());
 
     let missing = Cuda::open(0).err().map(|why| why.to_string());
     let known = |trial: Trial| match &missing {

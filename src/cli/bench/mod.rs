@@ -2,8 +2,12 @@
 
 mod decode;
 mod load;
+mod op;
 mod step;
+#[cfg(feature = "cuda")]
+mod watch;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 
@@ -14,7 +18,11 @@ use serde_json::Value;
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   halfbyte bench step --shape mistral-7b --batch 4 --length 2048
-  halfbyte bench decode --shape mistral-7b --past 4096")]
+  halfbyte bench decode --shape mistral-7b --past 4096
+  halfbyte bench rmsnorm_forward --candidate my.cu --watch
+
+`halfbyte bench OP` races the ways to run one op of the table, and a kernel of your own beside them: `halfbyte bench kernels
+--list` has the names, `halfbyte bench OP --help` the flags, docs/candidates.md the rest.")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,
@@ -28,6 +36,9 @@ enum What {
     Decode(decode::DecodeArgs),
     /// Time how a model directory gets onto the device and into 4 bits
     Load(load::LoadArgs),
+    /// The name of an op, and the flags of [`op::OpArgs`]
+    #[command(external_subcommand)]
+    Op(Vec<OsString>),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
@@ -35,6 +46,11 @@ pub fn run(args: BenchArgs) -> Result<()> {
         What::Step(args) => step::run(&args),
         What::Decode(args) => decode::run(&args),
         What::Load(args) => load::run(&args),
+        What::Op(words) => {
+            let command = BenchArgs::augment_args(clap::Command::new("bench"));
+            let others: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_string()).collect();
+            op::run(&words, &others)
+        }
     }
 }
 

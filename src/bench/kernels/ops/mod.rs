@@ -7,6 +7,7 @@ macro_rules! dims {
 }
 
 mod rmsnorm;
+pub mod toy;
 
 use super::case::Case;
 use super::models::Model;
@@ -30,6 +31,11 @@ pub struct Op {
 /// All ops, in the order of the table.
 pub fn all() -> Vec<Op> {
     [rmsnorm::OPS].into_iter().flatten().copied().collect()
+}
+
+/// One by its name; the toy, which [`all`] leaves out, as well.
+pub fn named(name: &str) -> Option<Op> {
+    all().into_iter().chain(toy::OPS.iter().copied()).find(|op| op.name == name)
 }
 
 #[cfg(test)]
