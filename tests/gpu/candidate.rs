@@ -134,7 +134,7 @@ fn slow() -> Outcome {
 
 fn wrong() -> Outcome {
     let text = race("wrong")?;
-    assert!(text.starts_with("y[0, 777] is 0.5, expected ") && text.contains("(128 of 524288 elements"), "{text}");
+    assert!(text.starts_with("y[0, 777] is 100.0, expected ") && text.contains("(128 of 524288 elements"), "{text}");
     Ok(())
 }
 

@@ -75,8 +75,6 @@ pub struct Nvrtc {
     pub version: (u32, u32),
     /// Folders with the CUDA headers; none if the machine has none.
     pub includes: Vec<PathBuf>,
-    /// Kept: the functions are theirs.
-    _libraries: Vec<Library>,
 }
 
 /// Compiled code.
@@ -109,7 +107,9 @@ impl Nvrtc {
             return Err("it does not tell its version".into());
         }
         let version = (major.unsigned_abs(), minor.unsigned_abs());
-        Ok(Self { functions, path, version, includes, _libraries: libraries })
+        // Never closed: the functions are theirs.
+        libraries.into_iter().for_each(std::mem::forget);
+        Ok(Self { functions, path, version, includes })
     }
 
     /// The same without the machine's headers, with its own of bf16 alone.

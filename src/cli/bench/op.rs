@@ -62,7 +62,8 @@ pub fn run(words: &[OsString], others: &[String]) -> Result<()> {
     let name = words.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let op = ops::named(&name).ok_or_else(|| unknown(&name, others))?;
     let program = format!("halfbyte bench {name}");
-    let command = crate::cli::with_snake_case(OpArgs::command().name(program.clone()).bin_name(program));
+    let command =
+        crate::cli::with_snake_case(OpArgs::command().max_term_width(110).name(program.clone()).bin_name(program));
     // Help and usage errors end the process as they do in `main`.
     let matches = command.try_get_matches_from(words).unwrap_or_else(|e| e.exit());
     let args = OpArgs::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
