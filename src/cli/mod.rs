@@ -117,15 +117,17 @@ fn code(n: i32) -> ExitCode {
 
 /// The parser. A flag of two words is shown as `--two-words`; `--two_words`, as PEFT and TRL spell it, is the same.
 fn command() -> clap::Command {
-    Cli::command().mut_subcommands(|c| {
-        // Of a flag given twice the last counts, so that a script can be called with one more.
-        c.args_override_self(true).mut_args(|a| match a.get_long() {
-            Some(long) if long.contains('-') => {
-                let snake = long.replace('-', "_");
-                a.alias(snake)
-            }
-            _ => a,
-        })
+    // Of a flag given twice the last counts, so that a script can be called with one more.
+    Cli::command().mut_subcommands(|c| with_snake_case(c.args_override_self(true)))
+}
+
+fn with_snake_case(command: clap::Command) -> clap::Command {
+    command.mut_args(|a| match a.get_long() {
+        Some(long) if long.contains('-') => {
+            let snake = long.replace('-', "_");
+            a.alias(snake)
+        }
+        _ => a,
     })
 }
 

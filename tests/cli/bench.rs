@@ -94,3 +94,44 @@ fn a_directory_is_made_and_loaded() {
     }
     halfbyte(load).fails(2, &["--model", "which exists"]);
 }
+
+#[test]
+fn the_template_of_an_op_is_a_file_to_begin_from() {
+    let text = halfbyte(["bench", "rmsnorm_forward", "--print-template"]);
+    assert!(
+        text.ok().contains("extern \"C\" __global__ void rmsnorm_forward(\n    __nv_bfloat16* __restrict__ y,"),
+        "{text:?}"
+    );
+    assert!(text.ok().contains("// launch: rmsnorm_forward grid=t block=256\n"), "{text:?}");
+    let place = crate::Place::empty();
+    let file = place.path("my.cu");
+    let write = crate::args!["bench", "rmsnorm_forward", "--print_template", "--out", file];
+    assert_eq!(halfbyte(&write).ok(), "");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), text.stdout);
+    halfbyte(&write).fails(2, &["--out", "which exists", "a new file"]);
+    assert!(halfbyte(["bench", "toy", "--print-template"]).ok().contains("y = 2 * x + 1"));
+}
+
+#[test]
+fn an_op_that_is_none_gets_the_names_near_it() {
+    halfbyte(["bench", "rmsnorm_foward"]).fails(2, &["\"rmsnorm_foward\"", "rmsnorm_forward"]);
+    halfbyte(["bench", "stepp", "--shape", "tiny"]).fails(2, &["\"stepp\"", "step"]);
+    halfbyte(["bench", "zzz"]).fails(2, &["\"zzz\"", "step", "bench kernels --list"]);
+    assert!(halfbyte(["bench", "rmsnorm_forward", "--help"]).ok().contains("--candidate"));
+    assert!(halfbyte(["bench", "--help"]).ok().contains("halfbyte bench OP"));
+}
+
+#[test]
+fn a_race_that_cannot_be_is_refused_before_it_begins() {
+    let rmsnorm = |rest: &[&str]| halfbyte(["bench", "rmsnorm_forward"].iter().chain(rest));
+    let usage = |run: crate::Run, part: &str| assert!(run.code == Some(2) && run.stderr.contains(part), "{run:#?}");
+    usage(rmsnorm(&["--candidate", "a.cu", "--print-template"]), "cannot be used with");
+    usage(rmsnorm(&["--watch"]), "--candidate");
+    usage(rmsnorm(&["--out", "x"]), "--print-template");
+    usage(rmsnorm(&["--model", "8b"]), "13b");
+    usage(rmsnorm(&["--tokens", "0"]), "at least 1");
+    // Without a GPU, or without the feature, it says so; with one, the file is what is missing.
+    let run = rmsnorm(&["--candidate", "no-such.cu", "--model", "toy"]);
+    assert!(run.code == Some(2) && !run.stderr.contains("panicked"), "{run:#?}");
+    assert!(["no-such.cu", "not available"].iter().any(|part| run.stderr.contains(part)), "{run:#?}");
+}

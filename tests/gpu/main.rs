@@ -6,6 +6,7 @@
 mod adamw;
 mod attention;
 mod bias;
+mod candidate;
 mod cross_entropy;
 mod decode;
 mod device;
@@ -79,6 +80,8 @@ fn main() {
     alone.extend(plan::trials());
     alone.extend(step_ops::trials());
     alone.extend(kernels::trials());
+    // Its races are timed.
+    alone.extend(candidate::trials());
 
     let missing = Cuda::open(0).err().map(|why| why.to_string());
     let known = |trial: Trial| match &missing {

@@ -14,6 +14,7 @@ pub mod load;
 pub mod managed;
 pub mod matrix;
 pub mod memory;
+pub mod module;
 mod nvtx;
 pub mod ops;
 pub mod optimizer;

@@ -4,9 +4,13 @@ mod compare;
 mod decode;
 pub mod kernels;
 mod load;
+mod op;
 mod step;
 mod step_ops;
+#[cfg(feature = "cuda")]
+mod watch;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -18,9 +22,14 @@ use crate::cli::output::Out;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
+  halfbyte bench kernels --csv kernels.csv
   halfbyte bench step --shape mistral-7b --batch 4 --length 2048
   halfbyte bench decode --shape mistral-7b --past 4096
-  halfbyte bench compare old-steps.csv new-steps.csv")]
+  halfbyte bench compare old-steps.csv new-steps.csv
+  halfbyte bench rmsnorm_forward --candidate my.cu --watch
+
+`halfbyte bench OP` races the ways to run one op of the table, and a kernel of your own beside them: `halfbyte bench kernels
+--list` has the names, `halfbyte bench OP --help` the flags, docs/candidates.md the rest.")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,
@@ -38,6 +47,9 @@ enum What {
     Load(load::LoadArgs),
     /// Show which rows of two CSV files of results became slower or faster
     Compare(compare::CompareArgs),
+    /// The name of an op, and the flags of [`op::OpArgs`]
+    #[command(external_subcommand)]
+    Op(Vec<OsString>),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
@@ -47,6 +59,11 @@ pub fn run(args: BenchArgs) -> Result<()> {
         What::Decode(args) => decode::run(&args),
         What::Load(args) => load::run(&args),
         What::Compare(args) => compare::run(&args),
+        What::Op(words) => {
+            let command = BenchArgs::augment_args(clap::Command::new("bench"));
+            let others: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_string()).collect();
+            op::run(&words, &others)
+        }
     }
 }
 

@@ -28,6 +28,7 @@ mod rope;
 mod rows;
 mod sums;
 mod swiglu;
+pub mod toy;
 
 use super::case::Case;
 use super::models::Model;
@@ -75,6 +76,11 @@ pub fn all() -> Vec<Op> {
     .flatten()
     .copied()
     .collect()
+}
+
+/// One by its name; the toy, which [`all`] leaves out, as well.
+pub fn named(name: &str) -> Option<Op> {
+    all().into_iter().chain(toy::OPS.iter().copied()).find(|op| op.name == name)
 }
 
 #[cfg(test)]

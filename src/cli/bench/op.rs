@@ -1,0 +1,389 @@
+//! `halfbyte bench OP`: one op's ways against each other, and against a kernel of the user's.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{CommandFactory, FromArgMatches, Parser};
+use halfbyte::bench::candidate::template::template;
+use halfbyte::bench::kernels::ops::{self, Op};
+use halfbyte::{Error, Result};
+
+use crate::cli::args::at_least_one;
+use crate::cli::output::Out;
+
+#[derive(Parser, Debug)]
+#[command(
+    disable_version_flag = true,
+    about = "Race the ways to run one op, and a kernel of your own beside them",
+    after_help = "Examples:
+  halfbyte bench rmsnorm_forward --print-template --out my.cu
+  halfbyte bench rmsnorm_forward --candidate my.cu --watch
+  halfbyte bench rmsnorm_forward --candidate my.cu --model 13b --tokens 512 --tokens 8192 --json
+
+A candidate is CUDA C++ that NVRTC compiles (docs/candidates.md). It is compared with the op's oracle before it is timed: a
+wrong one ends with exit code 2 and the first element that is wrong."
+)]
+pub struct OpArgs {
+    /// CUDA C++ file with the kernel to race
+    #[arg(long, value_name = "FILE", conflicts_with = "print_template")]
+    candidate: Option<PathBuf>,
+
+    /// Race again whenever the file is saved, until Ctrl-C
+    #[arg(long, requires = "candidate", conflicts_with = "csv")]
+    watch: bool,
+
+    /// Write a file that compiles and is right, to begin from; needs no GPU
+    #[arg(long)]
+    print_template: bool,
+
+    /// Where to write it, a new file [default: standard output]
+    #[arg(long, value_name = "FILE", requires = "print_template")]
+    out: Option<PathBuf>,
+
+    /// Whose sizes: 1b, 7b, 13b, or the small toy
+    #[arg(long, value_name = "NAME", default_value = "7b", value_parser = clap::builder::PossibleValuesParser::new(["1b", "7b", "13b", "toy"]))]
+    model: String,
+
+    /// Tokens; may be given more than once [default: 2048]
+    #[arg(long, value_name = "T", value_parser = at_least_one)]
+    tokens: Vec<usize>,
+
+    /// Append the rows to this file
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// `halfbyte bench NAME ...`, where NAME is none of the other benchmarks, `others`.
+pub fn run(words: &[OsString], others: &[String]) -> Result<()> {
+    let name = words.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let op = ops::named(&name).ok_or_else(|| unknown(&name, others))?;
+    let program = format!("halfbyte bench {name}");
+    let command =
+        crate::cli::with_snake_case(OpArgs::command().max_term_width(110).name(program.clone()).bin_name(program));
+    // Help and usage errors end the process as they do in `main`.
+    let matches = command.try_get_matches_from(words).unwrap_or_else(|e| e.exit());
+    let args = OpArgs::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    if args.print_template {
+        return print_template(&op, &args);
+    }
+    race(&op, &args)
+}
+
+fn unknown(name: &str, others: &[String]) -> Error {
+    let toy = ops::toy::OPS.iter().map(|op| op.name.to_string());
+    let names: Vec<String> = ops::all().iter().map(|op| op.name.to_string()).chain(toy).collect();
+    let mut near: Vec<(f64, &String)> = names
+        .iter()
+        .chain(others)
+        .map(|n| (strsim::jaro_winkler(name, n), n))
+        .filter(|(score, _)| *score > 0.8)
+        .collect();
+    near.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let near: Vec<&str> = near.iter().take(3).map(|(_, n)| n.as_str()).collect();
+    let expected = match near.is_empty() {
+        true => format!("{}, or an op of `halfbyte bench kernels --list`", others.join(", ")),
+        false => format!("{} (`halfbyte bench --help` and `halfbyte bench kernels --list` have all)", near.join(", ")),
+    };
+    Error::flag("halfbyte bench", format!("{name:?}"), expected)
+}
+
+fn print_template(op: &Op, args: &OpArgs) -> Result<()> {
+    let text = template(op)?;
+    let Some(path) = &args.out else { return Out::new().text(&text) };
+    let mut options = std::fs::OpenOptions::new();
+    // What is there may be the work of days.
+    match options.write(true).create_new(true).open(path) {
+        Ok(mut file) => std::io::Write::write_all(&mut file, text.as_bytes()).map_err(Error::write("write", path)),
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+            Err(Error::flag("--out", format!("{}, which exists", path.display()), "a new file"))
+        }
+        Err(e) => Err(Error::write("write", path)(e)),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn race(op: &Op, _: &OpArgs) -> Result<()> {
+    let why = "this program was built without the feature cuda".into();
+    Err(Error::Unavailable { what: format!("the race of {}", op.name), why })
+}
+
+#[cfg(feature = "cuda")]
+fn race(op: &Op, args: &OpArgs) -> Result<()> {
+    gpu::race(op, args)
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use std::process::{Child, Command, Stdio};
+
+    use halfbyte::backend::cuda::device::Driver;
+    use halfbyte::backend::cuda::{Cuda, Kernels};
+    use halfbyte::bench::candidate::Source;
+    use halfbyte::bench::candidate::program::{Program, Statistics};
+    use halfbyte::bench::candidate::verdict::{Finish, ranking, verdict};
+    use halfbyte::bench::kernels::case::{Case, Way};
+    use halfbyte::bench::kernels::gpu::Gpu;
+    use halfbyte::bench::kernels::models::{Model, TOKENS};
+    use halfbyte::bench::kernels::ops::Op;
+    use halfbyte::bench::kernels::outcome;
+    use halfbyte::bench::results::{self, KernelRow};
+    use halfbyte::train::interrupt;
+    use halfbyte::{Error, Result};
+    use serde_json::{Value, json};
+
+    use super::OpArgs;
+    use crate::cli::args::micro_batch;
+    use crate::cli::bench::watch::watch;
+    use crate::cli::output::{Out, note, put, table};
+
+    const CANDIDATE: &str = "candidate";
+
+    /// How a way came out, and its row of the CSV; None where it was not timed.
+    pub struct Outcome {
+        pub finish: Finish,
+        pub row: Option<KernelRow>,
+    }
+
+    /// Checks and times the ways of a case that this machine has.
+    fn outcomes(gpu: &mut Gpu, case: &Case, ways: Vec<Way>) -> Result<Vec<Outcome>> {
+        let cublas = gpu.cuda.has_cublas();
+        let hopper = gpu.cuda.kernels() != Kernels::Sm80;
+        let wanted = |_: &Case, way: &Way| (cublas || !way.needs_cublas) && (hopper || way.kernels.is_none());
+        let case = Case { ways, ..case.clone() };
+        if !gpu.fits(&case) {
+            let why = format!("{} of {} does not fit in its free memory", case.shape, case.model);
+            return Err(Error::Unavailable { what: "the race".into(), why });
+        }
+        let all = gpu.race(&[case], &wanted, &mut || {})?;
+        Ok(all.into_iter().map(Outcome::from).collect())
+    }
+
+    impl From<outcome::Outcome> for Outcome {
+        fn from(outcome::Outcome { row, refused }: outcome::Outcome) -> Self {
+            let timed = refused.is_none();
+            let times = timed.then_some([row.median_us, row.least_us, row.most_us]);
+            Self { finish: Finish { way: row.implementation.clone(), times, refused }, row: timed.then_some(row) }
+        }
+    }
+
+    pub fn race(op: &Op, args: &OpArgs) -> Result<()> {
+        let cases = cases(op, args)?;
+        if let Some(path) = &args.csv {
+            results::can_append::<KernelRow>(path)?;
+        }
+        let source = args.candidate.as_deref().map(Source::read).transpose()?;
+        if args.candidate.is_some() && op.starter.is_none() {
+            // Its reason is the template's.
+            super::template(op)?;
+        }
+        if args.watch {
+            return again_and_again(op, args);
+        }
+        let mut cuda = Cuda::open(0)?;
+        let program = source.map(|source| Program::build(&cuda, &source)).transpose()?;
+        if let Some(program) = program.as_ref().filter(|p| !p.log.is_empty()) {
+            note(format_args!("{}", program.log));
+        }
+        let mut report = Report { args, out: Out::new(), rows: vec![], json: vec![], wrong: None };
+        let card = cuda.device().name.clone();
+        let models: Vec<Model> = cases.iter().filter_map(|case| Model::named(case.model)).collect();
+        let tokens = cases.iter().filter_map(|case| case.tokens).max().unwrap_or(1);
+        let mut gpu = Gpu::new(&mut cuda, &Model::needs(&models, tokens))?;
+        for case in &cases {
+            let mut ways = case.ways.clone();
+            let mut statistics = vec![];
+            if let Some(program) = &program {
+                ways.push(program.way(gpu.cuda, case, CANDIDATE)?);
+                statistics = program.statistics(gpu.cuda, case)?;
+            }
+            let all = outcomes(&mut gpu, case, ways)?;
+            report.case(&card, case, &all, &statistics)?;
+        }
+        report.end(op)
+    }
+
+    /// The cases that are asked for.
+    fn cases(op: &Op, args: &OpArgs) -> Result<Vec<Case>> {
+        let unknown = || Error::flag("--model", format!("{:?}", args.model), "1b, 7b, 13b or toy");
+        let model = Model::named(&args.model).ok_or_else(unknown)?;
+        let tokens = match (op.has_tokens, args.tokens.as_slice()) {
+            (true, []) => vec![2048],
+            (true, some) => some.to_vec(),
+            (false, []) => vec![TOKENS[0]],
+            (false, [first, ..]) => {
+                return Err(Error::flag("--tokens", first.to_string(), format!("none: {} has no tokens", op.name)));
+            }
+        };
+        for &t in &tokens {
+            micro_batch("--tokens", 1, t)?;
+        }
+        Ok(tokens.into_iter().flat_map(|t| (op.cases)(&model, t)).collect())
+    }
+
+    /// `--watch`: a process of its own for each race.
+    fn again_and_again(op: &Op, args: &OpArgs) -> Result<()> {
+        // A GPU that is not there would not come.
+        let driver = Driver::discover()?;
+        let why = driver.too_old.or_else(|| driver.devices.into_iter().next().and_then(|device| device.unsupported));
+        if let Some(why) = why {
+            return Err(Error::Unavailable { what: "GPU 0".into(), why });
+        }
+        let Some(file) = &args.candidate else { return Ok(()) };
+        let program = std::env::current_exe().map_err(Error::read("find", "this program"))?;
+        let mut start = || -> Result<Child> {
+            let mut command = Command::new(&program);
+            command.args(["bench", op.name, "--model", &args.model, "--candidate"]).arg(file);
+            for t in &args.tokens {
+                command.args(["--tokens", &t.to_string()]);
+            }
+            if args.json {
+                command.arg("--json");
+            }
+            command.stdin(Stdio::null()).spawn().map_err(Error::read("start", &program))
+        };
+        watch(file, &*interrupt::install()?, &mut start)
+    }
+
+    /// What is shown and kept of a race.
+    struct Report<'a> {
+        args: &'a OpArgs,
+        out: Out,
+        rows: Vec<KernelRow>,
+        json: Vec<Value>,
+        /// The first wrong way, told when all is shown.
+        wrong: Option<Error>,
+    }
+
+    impl Report<'_> {
+        fn case(&mut self, card: &str, case: &Case, all: &[Outcome], statistics: &[Statistics]) -> Result<()> {
+            let finishes: Vec<Finish> = all.iter().map(|o| o.finish.clone()).collect();
+            let verdict = verdict(&finishes, CANDIDATE);
+            for outcome in all {
+                if let Some(difference) = &outcome.finish.refused {
+                    let place = format!("{} {}", case.op, case.shape);
+                    let file = self.args.candidate.as_ref().filter(|_| outcome.finish.way == CANDIDATE);
+                    let (at, is) = (&difference.place, difference.found);
+                    let error = match file {
+                        Some(file) => {
+                            let expected = format!(
+                                "{:?} within {:.3e} ({} of {} elements compared are wrong)",
+                                difference.expected.value,
+                                difference.expected.tolerance,
+                                difference.wrong,
+                                difference.compared
+                            );
+                            Error::input(file, place, format!("{at} = {is:?}"), expected)
+                        }
+                        None => Error::Cuda {
+                            op: format!("{place} by {}", outcome.finish.way),
+                            detail: difference.to_string(),
+                        },
+                    };
+                    self.wrong.get_or_insert(error);
+                } else {
+                    self.rows.extend(outcome.row.clone());
+                }
+            }
+            if self.args.json {
+                let ways: Vec<Value> = all
+                    .iter()
+                    .map(|o| {
+                        let refused = o.finish.refused.as_ref().map(ToString::to_string);
+                        json!({ "way": o.finish.way, "refused": refused, "row": o.row })
+                    })
+                    .collect();
+                let statistics: Vec<Value> = statistics.iter().map(kernel).collect();
+                self.json.push(json!({
+                    "shape": case.shape,
+                    "tokens": case.tokens,
+                    "ways": ways,
+                    "candidate_kernels": statistics,
+                    "verdict": verdict,
+                }));
+                return Ok(());
+            }
+            let out = &mut self.out;
+            put!(out, "{} {} of {} on {card}", case.op, case.shape, case.model)?;
+            let head = ["", "median us", "least", "most", "GB/s", "TFLOP/s", "% of floor"];
+            let mut lines = vec![head.map(String::from).to_vec()];
+            for (finish, [median, least, most]) in ranking(&finishes) {
+                let row = all.iter().find(|o| o.finish.way == finish.way).and_then(|o| o.row.as_ref());
+                let cell = |value: Option<f64>| match value.filter(|v| *v > 0.0) {
+                    Some(value) => format!("{value:.1}"),
+                    None => String::new(),
+                };
+                lines.push(vec![
+                    finish.way.clone(),
+                    format!("{median:.2}"),
+                    format!("{least:.2}"),
+                    format!("{most:.2}"),
+                    cell(row.map(|r| r.gb_per_s)),
+                    cell(row.map(|r| r.tflop_per_s)),
+                    cell(row.map(|r| r.percent_of_floor)),
+                ]);
+            }
+            for line in table(&lines, &[1, 2, 3, 4, 5, 6]) {
+                put!(out, "  {line}")?;
+            }
+            for finish in &finishes {
+                if let Some(difference) = &finish.refused {
+                    put!(out, "  {} is refused: {difference}", finish.way)?;
+                }
+            }
+            for line in statistics {
+                put!(out, "  {line}")?;
+            }
+            put!(out, "  {verdict}")?;
+            out.flush()
+        }
+
+        fn end(mut self, op: &Op) -> Result<()> {
+            if let Some(path) = &self.args.csv {
+                results::append(path, &self.rows)?;
+            }
+            if self.args.json {
+                let cases = std::mem::take(&mut self.json);
+                self.out.json(&json!({ "op": op.name, "model": self.args.model, "cases": cases }))?;
+            }
+            self.out.flush()?;
+            self.wrong.map_or(Ok(()), Err)
+        }
+    }
+
+    fn kernel(s: &Statistics) -> Value {
+        json!({
+            "kernel": s.launch.kernel,
+            "grid": s.launch.grid,
+            "block": s.launch.block,
+            "registers": s.attributes.registers,
+            "local_bytes": s.attributes.local_bytes,
+            "static_shared_bytes": s.attributes.shared_bytes,
+            "dynamic_shared_bytes": s.launch.shared,
+            "blocks_per_multiprocessor": s.blocks,
+            "occupancy": s.occupancy,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parser_is_consistent() {
+        OpArgs::command().debug_assert();
+    }
+
+    #[test]
+    fn an_unknown_name_gets_those_near_it() {
+        let others = ["step".to_string(), "decode".into()];
+        let text = unknown("rmsnorm_foward", &others).to_string();
+        assert!(text.starts_with("halfbyte bench: found \"rmsnorm_foward\", expected rmsnorm_forward"), "{text}");
+        assert!(unknown("stpe", &others).to_string().contains("expected step"));
+        assert!(unknown("zzz", &others).to_string().contains("step, decode, or an op of"));
+    }
+}
