@@ -97,7 +97,7 @@ class Clock:
             self.flush = torch.zeros(self.FLUSH_BYTES // 4, device="cuda")
             self.sum = torch.zeros((), device="cuda")
             properties = torch.cuda.get_device_properties(0)
-            self.cycles_per_s = getattr(properties, "clock_rate", 1_980_000) * 1e3
+            self.cycles_per_s = (getattr(properties, "clock_rate", 0) or 1_980_000) * 1e3
 
     def seconds(self, op, samples):
         """Of each sample, sorted."""
