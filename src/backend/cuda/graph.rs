@@ -87,7 +87,7 @@ impl Cuda {
         }
         if let Some(at) = self.graphs.kept.iter().position(|r| r.key == key) {
             let record = self.graphs.kept.remove(at);
-            return self.launch(record);
+            return self.launch_record(record);
         }
         if !self.graphs.meet(key) {
             f(self)?;
@@ -100,7 +100,7 @@ impl Cuda {
                 if self.graphs.kept.len() == GRAPHS {
                     self.graphs.kept.remove(0);
                 }
-                self.launch(Record { key, graph, calls })
+                self.launch_record(Record { key, graph, calls })
             }
             None if self.timer.is_some() => {
                 let detail = self.graphs.failure.clone().unwrap_or("nothing was recorded".into());
@@ -117,7 +117,7 @@ impl Cuda {
     }
 
     /// Replays a record and keeps it.
-    fn launch(&mut self, record: Record) -> Result<()> {
+    fn launch_record(&mut self, record: Record) -> Result<()> {
         let launched = record.graph.launch();
         if let Some(timer) = &mut self.timer {
             timer.calls.extend(record.calls.iter().cloned());

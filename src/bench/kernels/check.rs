@@ -13,7 +13,7 @@ const BUDGET: usize = 8_000_000;
 /// Elements of a span where not all are compared: at least, whatever they cost.
 const SPAN: usize = 32;
 /// Spans at least, whatever they cost, and at most: each is a read of its own.
-const LEAST: usize = 3;
+const LEAST: usize = 8;
 const MOST: usize = 256;
 
 /// The spans of an output that are compared, in order, each inside one row. `budget`: multiply-adds to spend.

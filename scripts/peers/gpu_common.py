@@ -1,0 +1,144 @@
+"""What the peers' timings on a GPU share: the rows of their CSVs, the card's state, the clock.
+
+    gpu_common.py --columns    prints the header of the kernels' table, then that of the steps' table
+
+The columns are the fields of KernelRow and StepRow in src/bench/results.rs, in their order; an empty cell is None."""
+import ctypes
+import datetime
+import os
+import statistics
+import sys
+import time
+
+KERNEL_COLUMNS = ("date,tool,commit,card,driver,sm_mhz,memory_mhz,model,op,shape,tokens,implementation,samples,median_us,"
+                  "least_us,most_us,bytes,flops,gb_per_s,tflop_per_s,copy_gb_per_s,product_tflop_per_s,floor_us,"
+                  "percent_of_floor,checked").split(",")
+STEP_COLUMNS = ("date,tool,commit,card,driver,sm_mhz,memory_mhz,shape,batch,length,gradient_checkpointing,memory,r,"
+                "lora_dropout,optim,steps,ms,ms_min,ms_max,tokens_per_second,tflops_ceiling,bound_tokens_per_second,"
+                "percent_of_bound,arena_bytes,optimizer_bytes,host_bytes,planned_bytes,driver_bytes,planned_ms,layers,loss,"
+                "load_seconds").split(",")
+
+
+def append(path, columns, rows):
+    """Appends rows, dicts whose missing keys are empty cells, to a CSV of exactly these columns."""
+    import csv
+    import io
+    header, text = ",".join(columns), io.StringIO()
+    found = open(path, encoding="utf-8").readline().rstrip("\n") if os.path.exists(path) else ""
+    if found not in ("", header):
+        sys.exit(f"{path}: line 1: columns {found}, expected {header}")
+    table = csv.writer(text, lineterminator="\n")
+    if not found:
+        table.writerow(columns)
+    for row in rows:
+        unknown = row.keys() - set(columns)
+        assert not unknown, unknown
+        table.writerow([cell(row.get(column)) for column in columns])
+    with open(path, "a", encoding="utf-8", newline="") as f:
+        f.write(text.getvalue())  # one write: a row is there whole or not at all
+
+
+def cell(value):
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) and abs(value) < 1e6 else value
+
+
+class Card:
+    """The device in use. `environment` reads the clocks of this moment: ask right behind the last sample."""
+
+    def __init__(self, device):
+        import torch
+        self.cuda, self.nvml, self.handle = device == "cuda", None, ctypes.c_void_p()
+        self.name = torch.cuda.get_device_name() if self.cuda else "CPU"
+        if not self.cuda:
+            return
+        try:
+            self.nvml = ctypes.CDLL("libnvidia-ml.so.1")
+            self.nvml.nvmlInit_v2()
+        except OSError:
+            return
+        # By the card's own name, since CUDA_VISIBLE_DEVICES renumbers.
+        uuid = str(getattr(torch.cuda.get_device_properties(0), "uuid", ""))
+        by_uuid = self.nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}".encode(), ctypes.byref(self.handle))
+        if by_uuid and self.nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self.handle)):
+            self.nvml = None
+
+    def driver(self):
+        text = ctypes.create_string_buffer(96)
+        if not self.nvml or self.nvml.nvmlSystemGetDriverVersion(text, len(text)):
+            return ""
+        return text.value.decode()
+
+    def mhz(self, kind):
+        value = ctypes.c_uint()
+        if not self.nvml or self.nvml.nvmlDeviceGetClockInfo(self.handle, kind, ctypes.byref(value)):
+            return None
+        return value.value
+
+    def environment(self):
+        sm, memory = self.mhz(1), self.mhz(2)
+        return {"date": datetime.date.today().isoformat(), "commit": os.environ.get("HALFBYTE_COMMIT", ""),
+                "card": self.name, "driver": self.driver(), "sm_mhz": sm, "memory_mhz": memory}
+
+
+class Clock:
+    """Times what a GPU spends on an op, launches of the host left out.
+
+    Before each sample a buffer larger than any L2 is read, which leaves nothing of the op's there and nothing to write
+    back. Then the GPU spins for as long as the host needs to enqueue the op, so that no kernel waits for its launch."""
+
+    FLUSH_BYTES = 256 << 20
+
+    def __init__(self, device):
+        import torch
+        self.torch, self.cuda = torch, device == "cuda"
+        if self.cuda:
+            self.flush = torch.zeros(self.FLUSH_BYTES // 4, device="cuda")
+            self.sum = torch.zeros((), device="cuda")
+            properties = torch.cuda.get_device_properties(0)
+            self.cycles_per_s = (getattr(properties, "clock_rate", 0) or 1_980_000) * 1e3
+
+    def seconds(self, op, samples):
+        """Of each sample, sorted."""
+        if not self.cuda:
+            return sorted(self.host_seconds(op) for _ in range(samples))
+        cuda = self.torch.cuda
+        for _ in range(3):
+            op()
+        cuda.synchronize()
+        enqueue = max(self.host_seconds(op) for _ in range(2))
+        cuda.synchronize()
+        spin = int(min(2 * enqueue + 50e-6, 20e-3) * self.cycles_per_s)
+        events = [[cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
+        for start, end in events:
+            self.torch.sum(self.flush, dim=0, out=self.sum)
+            cuda._sleep(spin)
+            start.record()
+            op()
+            end.record()
+        cuda.synchronize()
+        return sorted(start.elapsed_time(end) / 1e3 for start, end in events)
+
+    @staticmethod
+    def host_seconds(op):
+        start = time.perf_counter()
+        op()
+        return time.perf_counter() - start
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def version(package):
+    from importlib.metadata import version as installed
+    return f"{package} {installed(package)}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--columns"]:
+        print(__doc__, file=sys.stdout if sys.argv[1:] in (["-h"], ["--help"]) else sys.stderr)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    print(",".join(KERNEL_COLUMNS))
+    print(",".join(STEP_COLUMNS))
