@@ -21,8 +21,8 @@ use serde_json::Value;
   halfbyte bench decode --shape mistral-7b --past 4096
   halfbyte bench rmsnorm_forward --candidate my.cu --watch
 
-`halfbyte bench OP` races the ways to run one op of the table, and a kernel of your own beside them: `halfbyte bench kernels
---list` has the names, `halfbyte bench OP --help` the flags, docs/candidates.md the rest.")]
+`halfbyte bench OP` races the ways to run one op of the table, and a kernel of your own beside them.
+`halfbyte bench kernels --list` has the names, `halfbyte bench OP --help` the flags, docs/candidates.md the rest.")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,
