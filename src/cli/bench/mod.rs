@@ -28,8 +28,8 @@ use crate::cli::output::Out;
   halfbyte bench compare old-steps.csv new-steps.csv
   halfbyte bench rmsnorm_forward --candidate my.cu --watch
 
-`halfbyte bench OP` races the ways to run one op of the table, and a kernel of your own beside them: `halfbyte bench kernels
---list` has the names, `halfbyte bench OP --help` the flags, docs/candidates.md the rest.")]
+`halfbyte bench OP` races the ways to run one op of the table, and a kernel of your own beside them.
+`halfbyte bench kernels --list` has the names, `halfbyte bench OP --help` the flags, docs/candidates.md the rest.")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,

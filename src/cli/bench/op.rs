@@ -20,8 +20,8 @@ use crate::cli::output::Out;
   halfbyte bench rmsnorm_forward --candidate my.cu --watch
   halfbyte bench rmsnorm_forward --candidate my.cu --model 13b --tokens 512 --tokens 8192 --json
 
-A candidate is CUDA C++ that NVRTC compiles (docs/candidates.md). It is compared with the op's oracle before it is timed: a
-wrong one ends with exit code 2 and the first element that is wrong."
+A candidate is CUDA C++ that NVRTC compiles (docs/candidates.md). It is compared with the op's oracle before it
+is timed: a wrong one ends with exit code 2 and the first element that is wrong."
 )]
 pub struct OpArgs {
     /// CUDA C++ file with the kernel to race
