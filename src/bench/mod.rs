@@ -2,5 +2,6 @@
 
 pub mod decode;
 pub mod random_weights;
+pub mod report;
 pub mod results;
 pub mod step;

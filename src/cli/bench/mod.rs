@@ -2,6 +2,7 @@
 
 mod decode;
 mod load;
+mod report;
 mod step;
 
 use std::io::Write;
@@ -28,6 +29,8 @@ enum What {
     Decode(decode::DecodeArgs),
     /// Time how a model directory gets onto the device and into 4 bits
     Load(load::LoadArgs),
+    /// Make one page of HTML from CSV files of results
+    Report(report::ReportArgs),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
@@ -35,6 +38,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         What::Step(args) => step::run(&args),
         What::Decode(args) => decode::run(&args),
         What::Load(args) => load::run(&args),
+        What::Report(args) => report::run(&args),
     }
 }
 
