@@ -8,6 +8,13 @@ const SHAPES = [
   (r) => `M0,${r * 1.2}L${r * 1.15},${-r * .8}H${-r * 1.15}z`,
 ];
 
+// The place of each series of the rows drawn, the same for all cards: eight have colours of their own.
+let seriesAt = new Map();
+function assignSigns(rows) {
+  const drawn = new Set(rows.map((r) => r.series));
+  seriesAt = new Map(seriesNames.filter((n) => drawn.has(n)).map((name, i) => [name, i]));
+}
+
 /** A series' sign: colour and shape together tell 40 apart. */
 function mark(name, x, y, r, text) {
   const i = seriesAt.get(name);
@@ -92,6 +99,7 @@ function drawRoof() {
   const parent = byId("roof");
   const chosen = kernels.filter((r) => (!roofOp.value || r.op === roofOp.value) && (!roofModel.value || r.model === roofModel.value));
   parent.replaceChildren();
+  assignSigns(chosen);
   for (const card of cards) {
     const rows = chosen.filter((r) => r.card === card && r.median_us > 0);
     const products = rows.filter((r) => r.flops > 0 && r.bytes > 0);
@@ -136,7 +144,7 @@ function moveFigure(card, rows, copy, width) {
   const speed = (r) => (r.gb_per_s > 0 ? r.gb_per_s : r.bytes / r.median_us / 1e3);
   const high = Math.max(copy, ...rows.map(speed)) * 1.05;
   const step = [100, 200, 250, 500, 1000, 2000, 5000].find((s) => high / s <= (width < 600 ? 5 : 9)) || 10000;
-  const x = { low: 0, high, label: "GB/s, bytes that must move at least once", ticks: [], text: show };
+  const x = { low: 0, high, label: "GB/s, bytes that must move at least once", ticks: [], text: (t) => t.toLocaleString("en") };
   for (let t = 0; t <= high; t += step) x.ticks.push(t);
   const narrow = width < 600;
   const at = new Map(lines.map((name, i) => [name, i]));
@@ -175,6 +183,7 @@ function drawCurves() {
   const ofModel = ofOp.filter((r) => r.model === curveModel.value);
   curveGroup.offer(unique(ofModel.map((r) => r.group)).sort(byName));
   const chosen = ofModel.filter((r) => r.group === curveGroup.value);
+  assignSigns(chosen);
   for (const card of cards) {
     const rows = chosen.filter((r) => r.card === card);
     if (rows.length) parent.append(curveFigure(card, rows, chartWidth(parent)));

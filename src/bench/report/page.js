@@ -17,21 +17,17 @@ const unique = (list) => [...new Set(list)];
 const collator = new Intl.Collator("en", { numeric: true });
 const byName = (a, b) => collator.compare(String(a), String(b));
 
-// A series is a tool and an implementation; of several commits of a tool on one card, each is its own.
-const origin = (row) => row.card + "\n" + row.tool;
+// A series is a tool and an implementation; of several commits of a tool, each is its own.
 const commits = new Map();
-for (const row of kernels) commits.set(origin(row), (commits.get(origin(row)) || new Set()).add(row.commit));
+for (const row of kernels) commits.set(row.tool, (commits.get(row.tool) || new Set()).add(row.commit));
 for (const row of kernels) {
   const own = row.tool === "halfbyte";
   row.series = (own ? row.implementation : row.tool + " " + row.implementation) || "–";
-  if (commits.get(origin(row)).size > 1) row.series += " @ " + (row.commit || "unknown");
-  row.shown = own ? "halfbyte" : row.tool;
+  if (commits.get(row.tool).size > 1) row.series += " @ " + (row.commit || "unknown");
 }
-const seriesNames = unique(kernels.map((r) => r.series)).sort(byName);
-// halfbyte first: its colours are the strongest.
+// halfbyte first: the first colours are the strongest.
 const own = new Set(kernels.filter((r) => r.tool === "halfbyte").map((r) => r.series));
-seriesNames.sort((a, b) => own.has(b) - own.has(a));
-const seriesAt = new Map(seriesNames.map((name, i) => [name, i]));
+const seriesNames = unique(kernels.map((r) => r.series)).sort((a, b) => own.has(b) - own.has(a) || byName(a, b));
 const cards = unique(kernels.map((r) => r.card)).sort(byName);
 
 /** "13,490", "169.8", "3.72", "0.0124"; "–" for what was not measured. */

@@ -1,7 +1,7 @@
 // The table of all kernels: filtered and sorted whole, rows made as they scroll into view.
 
 const COLUMNS = [
-  ["op", "op"], ["shape", "shape"], ["model", "model"], ["T", "tokens", show], ["tool", "shown"], ["implementation", "implementation"],
+  ["op", "op"], ["shape", "shape"], ["model", "model"], ["T", "tokens", show], ["tool", "tool"], ["implementation", "implementation"],
   ["µs", "median_us", show], ["least", "least_us", measured], ["most", "most_us", measured], ["floor, µs", "floor_us", measured],
   ["% of floor", "percent_of_floor", measured], ["GB/s", "gb_per_s", measured], ["TFLOP/s", "tflop_per_s", measured],
   ["SM MHz", "sm_mhz", show], ["checked", "checked", measured], ["card", "card"], ["commit", "commit"], ["date", "date"],
