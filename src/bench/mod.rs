@@ -7,5 +7,6 @@ pub mod environment;
 pub mod floors;
 pub mod kernels;
 pub mod random_weights;
+pub mod report;
 pub mod results;
 pub mod step;

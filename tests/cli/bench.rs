@@ -135,3 +135,56 @@ fn a_race_that_cannot_be_is_refused_before_it_begins() {
     assert!(run.code == Some(2) && !run.stderr.contains("panicked"), "{run:#?}");
     assert!(["no-such.cu", "not available"].iter().any(|part| run.stderr.contains(part)), "{run:#?}");
 }
+
+const KERNELS: &str = "op,shape,tokens,implementation,median_us,card,commit\n\
+    rope,16x4096,16,own,12.5,Card A,be25cad\n\
+    rope,16x4096,16,own,11.5,Card A,be25cad\n";
+const STEPS: &str = "card,shape,batch,length,tokens_per_second,gradient_checkpointing\n\
+    Card A,mistral-7b,1,512,8228.573,true\n";
+
+#[test]
+fn a_report_is_one_page_of_any_results() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let (kernels, steps, page) = (at("kernels.csv"), at("steps.csv"), at("report.html"));
+    std::fs::write(&kernels, KERNELS).unwrap();
+    std::fs::write(&steps, STEPS).unwrap();
+    let report = ["bench", "report", &kernels, &steps, "--out", &page];
+    let said = halfbyte(report).ok().to_string();
+    let html = std::fs::read_to_string(&page).unwrap();
+    for part in [page.as_str(), "kernels  1 rows", "steps    1 rows", "bytes"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    assert!(html.contains("8,229 tokens/s"));
+    let local = html.replace("http://www.w3.org/2000/svg", "");
+    assert!(!local.contains("http://") && !local.contains("https://"));
+    // An older page is replaced.
+    halfbyte(report).ok();
+    assert_eq!(std::fs::read_to_string(&page).unwrap(), html);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "nothing lies beside the page");
+}
+
+#[test]
+fn a_report_that_would_destroy_or_mean_nothing_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let (steps, other, page) = (at("steps.csv"), at("other.csv"), at("report.html"));
+    std::fs::write(&steps, STEPS).unwrap();
+    std::fs::write(&other, "a,b\n1,2\n").unwrap();
+    let report = |input: &str, out: &str| halfbyte(["bench", "report", input, "--out", out]);
+    report(&other, &page).fails(2, &["other.csv", "line 1", "columns a,b", "expected"]);
+    report(&at("none.csv"), &page).fails(2, &["none.csv", "cannot read"]);
+    report(&steps, &steps).fails(2, &["--out", "one of the inputs"]);
+    report(&steps, &at("./steps.csv")).fails(2, &["--out", "one of the inputs"]);
+    report(&steps, dir.path().to_str().unwrap()).fails(2, &["--out", "a directory"]);
+    report(&steps, "/dev/null").fails(2, &["--out", "no regular file"]);
+    report(&steps, &at("none/report.html")).fails(1, &["none/report.html", "cannot write"]);
+    std::fs::write(&other, STEPS.lines().next().unwrap()).unwrap();
+    report(&other, &page).fails(2, &["other.csv", "no rows"]);
+    std::fs::write(&other, STEPS.replace("8228.573", "fast")).unwrap();
+    report(&other, &page).fails(2, &["other.csv", "line 2", "fast"]);
+    halfbyte(["bench", "report", "--out", &page]).fails(2, &["RESULTS.csv"]);
+    halfbyte(["bench", "report", &steps]).fails(2, &["--out"]);
+    assert!(!std::path::Path::new(&page).exists());
+    assert_eq!(std::fs::read_to_string(&steps).unwrap(), STEPS);
+}

@@ -5,6 +5,7 @@ mod decode;
 pub mod kernels;
 mod load;
 mod op;
+mod report;
 mod step;
 mod step_ops;
 #[cfg(feature = "cuda")]
@@ -47,6 +48,8 @@ enum What {
     Load(load::LoadArgs),
     /// Show which rows of two CSV files of results became slower or faster
     Compare(compare::CompareArgs),
+    /// Make one page of HTML from CSV files of results
+    Report(report::ReportArgs),
     /// The name of an op, and the flags of [`op::OpArgs`]
     #[command(external_subcommand)]
     Op(Vec<OsString>),
@@ -64,6 +67,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
             let others: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_string()).collect();
             op::run(&words, &others)
         }
+        What::Report(args) => report::run(&args),
     }
 }
 
