@@ -40,6 +40,10 @@ pub enum Error {
     /// The requested device or feature is not there. Exit code 2.
     #[error("{what} is not available: {why}")]
     Unavailable { what: String, why: String },
+
+    /// A gate on results found rows that are slower than they were. Exit code 3.
+    #[error("{}: rows slower by more than {percent} %: {rows}, the first: {first}", file.display())]
+    Slower { file: PathBuf, rows: usize, percent: f64, first: String },
 }
 
 impl Error {
@@ -70,10 +74,11 @@ impl Error {
         move |source| Self::Write { action, path, source }
     }
 
-    /// 2 when the user's input is at fault, else 1.
+    /// 2 when the user's input is at fault, 3 when a gate does not open, else 1.
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Input { .. } | Self::Flag { .. } | Self::Read { .. } | Self::Unavailable { .. } => 2,
+            Self::Slower { .. } => 3,
             Self::Write { .. } | Self::Shape { .. } | Self::NotFinite { .. } | Self::Cuda { .. } => 1,
         }
     }

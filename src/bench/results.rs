@@ -185,6 +185,8 @@ pub fn figure(value: f64) -> f64 {
     format!("{value:.5e}").parse().unwrap_or(value)
 }
 
+const EXPECTED_ROW: &str = "a row of a table that `halfbyte bench` or scripts/peers wrote";
+
 /// All rows of a CSV file, whatever table it holds.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Table {
@@ -244,17 +246,33 @@ fn columns(path: &Path, text: &str) -> Result<Vec<String>> {
 
 fn rows<R: Row>(path: &Path, text: &str) -> Result<Vec<R>> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
-    reader.deserialize().collect::<Result<_, _>>().map_err(|e| malformed(path, &e))
+    let headers = reader.headers().map_err(|e| malformed(path, &e))?.clone();
+    let row = |record: csv::Result<csv::StringRecord>| {
+        let record = record.map_err(|e| malformed(path, &e))?;
+        record.deserialize(Some(&headers)).map_err(|e| unreadable(path, &e, &headers, &record))
+    };
+    reader.records().map(row).collect()
 }
 
 fn malformed(path: &Path, error: &csv::Error) -> Error {
-    let place = error.position().map_or("the table".to_string(), |p| format!("line {}", p.line()));
     let found = match error.kind() {
         csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!("{len} cells under {expected_len} columns"),
-        csv::ErrorKind::Deserialize { err, .. } => err.to_string(),
         _ => error.to_string(),
     };
-    Error::input(path, place, found, "a row of a table that `halfbyte bench` wrote")
+    Error::input(path, line(error.position()), found, EXPECTED_ROW)
+}
+
+/// A cell that is not of its column's type.
+fn unreadable(path: &Path, error: &csv::Error, headers: &csv::StringRecord, record: &csv::StringRecord) -> Error {
+    let csv::ErrorKind::Deserialize { err, .. } = error.kind() else { return malformed(path, error) };
+    let cell = |cells: &csv::StringRecord| err.field().and_then(|i| cells.get(i as usize).map(str::to_string));
+    let (column, value) = (cell(headers).unwrap_or_default(), cell(record).unwrap_or_default());
+    let place = format!("{}, column {column:?}", line(record.position()));
+    Error::input(path, place, format!("{value:?} ({})", err.kind()), EXPECTED_ROW)
+}
+
+fn line(position: Option<&csv::Position>) -> String {
+    position.map_or("the table".into(), |p| format!("line {}", p.line()))
 }
 
 /// The names of a row's columns.
@@ -320,5 +338,7 @@ fn has_columns<R: Row>(path: &Path, file: &mut File) -> Result<bool> {
     if !text.ends_with('\n') {
         return Err(Error::input(path, "the last line", "no line end", "a whole row: it was cut off"));
     }
+    // Also a file that was cut off at a line end inside a cell is not to be appended to.
+    rows::<R>(path, &text)?;
     Ok(true)
 }

@@ -33,7 +33,8 @@ use halfbyte::{Error, Result};
   halfbyte inspect SmolLM2-135M-Instruct
 
 --model, --adapter, --data and --out mean the same in every command.
-Exit codes: 0 done, 2 bad input (arguments, files), 1 anything else."
+Exit codes: 0 done, 2 bad input (arguments, files), 3 slower than before (bench compare --gate), 1 anything
+else."
 )]
 struct Cli {
     #[command(subcommand)]

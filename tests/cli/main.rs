@@ -1,10 +1,12 @@
 //! The real binary on the tiny models: output, errors and exit codes of every command.
 
 mod bench;
+mod compare;
 mod eval;
 mod generate;
 mod info;
 mod inspect;
+mod kernels;
 mod merge;
 mod plan;
 mod quantize;

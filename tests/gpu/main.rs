@@ -1,11 +1,10 @@
 //! Tests that need an NVIDIA GPU. Without one each is reported as ignored, with the reason in brackets before its name.
-//! `scripts/gpu-test` packs this binary for a machine that has a GPU and nothing else; `--bench` times the kernels.
+//! `scripts/gpu-test` packs this binary for a machine that has a GPU and nothing else.
 //!
 //! Fixture cases come from the folder that HALFBYTE_FIXTURES names (default `tests/fixtures`).
 
 mod adamw;
 mod attention;
-mod bench;
 mod bias;
 mod cross_entropy;
 mod decode;
@@ -20,6 +19,7 @@ mod golden;
 mod grad_norm;
 mod head;
 mod head_norm;
+mod kernels;
 mod linear;
 mod load;
 mod lora;
@@ -74,14 +74,11 @@ fn main() {
     trials.extend(rmsnorm::trials());
     trials.extend(rope::trials());
     trials.extend(swiglu::trials());
-    // Only where asked for: nextest does not know libtest-mimic's word for a bench.
-    if args.bench {
-        trials.extend(bench::trials());
-    }
     let mut alone = model::recorded_trials();
     alone.extend(runtime::trials());
     alone.extend(plan::trials());
     alone.extend(step_ops::trials());
+    alone.extend(kernels::trials());
 
     let missing = Cuda::open(0).err().map(|why| why.to_string());
     let known = |trial: Trial| match &missing {

@@ -13,6 +13,7 @@ mod linear;
 mod math;
 mod norm;
 mod optimizer;
+mod rates;
 mod rope;
 mod swiglu;
 mod weights;
@@ -129,6 +130,11 @@ impl Cpu {
         let threads = pool.as_ref().map_or_else(rayon::current_num_threads, ThreadPool::current_num_threads);
         let tiles = (0..threads).map(|_| Mutex::default()).collect();
         Self { pool, threads, scratch: Scratch { tiles, ..Scratch::default() }, times: vec![] }
+    }
+
+    /// Threads of its pool.
+    pub fn threads(&self) -> usize {
+        self.threads
     }
 
     /// How long each op has run since [`Cpu::reset_times`], in the order of first use.

@@ -13,6 +13,9 @@ use super::ops::bias::{BiasRows, bias_rows};
 use super::ops::gemm::{Gemm, Out};
 use crate::error::{Error, Result};
 
+/// Workspace of a cuBLAS that is opened without a model.
+pub(super) const ALONE_BYTES: usize = 32 << 20;
+
 /// A handle of cuBLAS on the backend's stream, with scratch of its own: a product then allocates nothing, may be captured,
 /// and gives the same bits every time.
 pub struct Cublas {
@@ -42,10 +45,9 @@ pub fn is_present() -> bool {
 }
 
 impl Cublas {
-    /// A handle with `scratch` bytes of workspace. The caller has seen that the library is there.
-    pub(super) fn open(cuda: &Cuda, scratch: usize) -> Result<Self> {
+    /// A handle with `scratch` as its workspace. The caller has seen that the library is there.
+    pub(super) fn open(cuda: &Cuda, scratch: Buffer<u8>) -> Result<Self> {
         cuda.bind()?;
-        let scratch = cuda.allocate::<u8>(scratch)?;
         let handle = result::create_handle().map_err(|e| error("cublasCreate", e))?;
         let this = Self { handle, _stream: cuda.stream.clone(), _scratch: scratch };
         let address = cuda.ptr(&this._scratch.view())?.cast_mut().cast::<c_void>();
@@ -105,6 +107,41 @@ impl Cublas {
         };
         status.result().map_err(|e| error("cublasGemmEx", e))
     }
+}
+
+impl Cuda {
+    /// Opens cuBLAS, where no model has, with a workspace beside the arena: for [`Cuda::cublas_product`].
+    /// [`Error::Unavailable`] if libcublas is not there.
+    pub fn open_cublas(&mut self) -> Result<()> {
+        if self.cublas.is_none() {
+            if !self.has_cublas() {
+                return Err(missing());
+            }
+            self.cublas = Some(Cublas::open(self, self.allocate_alone(ALONE_BYTES)?)?);
+        }
+        Ok(())
+    }
+
+    /// c = alpha * a·op(b) (+ c) by cuBLAS, whatever the alignment. [`Error::Unavailable`] before [`Cuda::open_cublas`];
+    /// [`Error::Shape`] for a product with a pair or a bias, which cuBLAS has not.
+    pub fn cublas_product(&self, g: &Gemm) -> Result<()> {
+        let cublas = self.cublas.as_ref().ok_or_else(missing)?;
+        for (argument, is_there) in [("pair", g.pair.is_some()), ("bias", g.bias.is_some())] {
+            if is_there {
+                return Err(Error::Shape { op: "cublas_product", argument, found: 1, expected: 0 });
+            }
+        }
+        if g.m == 0 || g.n == 0 {
+            return Ok(());
+        }
+        check(g)?;
+        cublas.product(self, g)
+    }
+}
+
+fn missing() -> Error {
+    let why = "libcublas is not to be found, or HALFBYTE_CUBLAS=0 hides it, or it was not opened".into();
+    Error::Unavailable { what: "cuBLAS".into(), why }
 }
 
 /// cuBLAS counts in 32 bits.

@@ -74,6 +74,12 @@ impl Cuda {
         self
     }
 
+    /// [`Cuda::with_linear`] in place.
+    pub fn use_linear(&mut self, kind: Option<LinearKind>) {
+        self.linear = kind;
+        self.graphs.forget();
+    }
+
     /// The table: how a linear of `t` tokens runs. Measured on an H100 (bench/results: linear_forward, linear_backward);
     /// `one_sum`: all projections of a group add to one output, as in backward, where cuBLAS takes them as one product.
     fn linear_kind(&self, t: usize, one_sum: bool) -> Result<LinearKind> {

@@ -34,6 +34,13 @@ impl Arena {
     }
 }
 
+/// A state of the arena: bytes used, and who holds on to it.
+#[derive(Clone, Copy)]
+pub(crate) struct ArenaMark {
+    used: usize,
+    holders: usize,
+}
+
 /// Keeps the memory of a buffer alive.
 enum Owner {
     /// An allocation of its own: tests and tools, where no arena was reserved.
@@ -97,6 +104,15 @@ impl<T> Buffer<T> {
         ViewMut { address: self.address, len: self.len, stream: Arc::as_ptr(&self.stream), buffer: PhantomData }
     }
 
+    /// What lies before element `at`, to read, and what lies behind it, to write. Panics if it leaves the buffer.
+    pub fn split(&mut self, at: usize) -> (View<'_, T>, ViewMut<'_, T>) {
+        assert!(at <= self.len, "element {at} of {}", self.len);
+        let (address, stream) = (self.address, Arc::as_ptr(&self.stream));
+        let first = View { address, len: at, stream, buffer: PhantomData };
+        let behind = address + (at * size_of::<T>()) as u64;
+        (first, ViewMut { address: behind, len: self.len - at, stream, buffer: PhantomData })
+    }
+
     /// The elements of `range`. Panics if it leaves the buffer.
     pub fn range(&self, range: Range<usize>) -> View<'_, T> {
         self.view().range(range)
@@ -129,6 +145,21 @@ impl<'a> View<'a, f32> {
     /// The same bytes as twice as many bf16.
     pub fn as_bf16(self) -> View<'a, bf16> {
         View { address: self.address, len: 2 * self.len, stream: self.stream, buffer: PhantomData }
+    }
+}
+
+impl<'a> ViewMut<'a, bf16> {
+    /// The same bytes as half as many f32. Panics if an f32 may not lie there.
+    pub fn into_f32(self) -> ViewMut<'a, f32> {
+        assert!(self.address.is_multiple_of(4) && self.len.is_multiple_of(2), "{} bf16 as f32", self.len);
+        ViewMut { address: self.address, len: self.len / 2, stream: self.stream, buffer: PhantomData }
+    }
+}
+
+impl<'a> ViewMut<'a, i32> {
+    /// The same bits.
+    pub fn into_u32(self) -> ViewMut<'a, u32> {
+        ViewMut { address: self.address, len: self.len, stream: self.stream, buffer: PhantomData }
     }
 }
 
@@ -208,6 +239,24 @@ impl Cuda {
     /// Bytes taken from the arena, and its size; None where none was reserved.
     pub fn arena_use(&self) -> Option<(usize, usize)> {
         self.arena.as_ref().map(|a| (a.used.load(Ordering::Relaxed), a.bytes.len()))
+    }
+
+    /// How far the arena is used now, for [`Cuda::rewind`]; None where none was reserved.
+    pub(crate) fn arena_mark(&self) -> Option<ArenaMark> {
+        self.arena.as_ref().map(|a| ArenaMark { used: a.used.load(Ordering::Relaxed), holders: Arc::strong_count(a) })
+    }
+
+    /// Takes back all that was cut from the arena since the mark. [`Error::Cuda`] if a buffer of it still lives.
+    pub(crate) fn rewind(&mut self, mark: ArenaMark) -> Result<()> {
+        self.synchronize()?;
+        let alive = |count: usize| Error::Cuda { op: "arena".into(), detail: format!("{count} buffers still live") };
+        let Some(arena) = &self.arena else { return Ok(()) };
+        let count = Arc::strong_count(arena).saturating_sub(mark.holders);
+        if count > 0 {
+            return Err(alive(count));
+        }
+        arena.used.store(mark.used, Ordering::Relaxed);
+        Ok(())
     }
 
     /// A buffer of `len` elements with whatever lies there.

@@ -20,6 +20,7 @@ pub mod optimizer;
 mod rates;
 mod scratch;
 mod timer;
+pub(crate) mod timing;
 pub mod transfer;
 
 use std::collections::BTreeMap;
@@ -182,6 +183,13 @@ impl Cuda {
             Kernels::Sm90 => Kernels::best(self.device.compute_capability),
         };
         self
+    }
+
+    /// [`Cuda::with_kernels`] in place; None gives the best.
+    pub fn use_kernels(&mut self, kernels: Option<Kernels>) {
+        let best = Kernels::best(self.device.compute_capability);
+        self.kernels = if kernels == Some(Kernels::Sm80) { Kernels::Sm80 } else { best };
+        self.graphs.forget();
     }
 
     /// Which kernels run.

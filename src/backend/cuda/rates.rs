@@ -5,7 +5,7 @@ use std::time::Instant;
 use cudarc::driver::result;
 use half::bf16;
 
-use super::cublas::{Cublas, Products, matmul, plain};
+use super::cublas::{ALONE_BYTES, Cublas, Products, matmul, plain};
 use super::managed::Pinned;
 use super::ops::gemm::Out;
 use super::{Cuda, driver_error};
@@ -14,8 +14,6 @@ use crate::error::Result;
 /// Launches of one timing, and timings.
 const LAUNCHES: usize = 10;
 const TIMINGS: usize = 9;
-/// Workspace of a cuBLAS that is opened for a timing.
-const LENT_BYTES: usize = 32 << 20;
 
 impl Cuda {
     /// Median seconds of one call of `f`, after a warm-up.
@@ -48,7 +46,7 @@ impl Cuda {
         let mut c = self.zeros::<bf16>(m * n)?;
         // Before a model is prepared cuBLAS is not open yet.
         let lent = match (&self.cublas, self.has_cublas()) {
-            (None, true) => Some(Cublas::open(self, LENT_BYTES)?),
+            (None, true) => Some(Cublas::open(self, self.allocate(ALONE_BYTES)?)?),
             _ => None,
         };
         let product = || {
@@ -59,6 +57,26 @@ impl Cuda {
             }
         };
         Ok(2.0 * (m * n) as f64 * k as f64 / self.seconds(product)?)
+    }
+
+    /// Bytes a second, read and write counted, of the best of nine device-to-device copies of 512 MiB, which no cache holds.
+    pub fn copy_rate(&mut self) -> Result<f64> {
+        const BYTES: usize = 512 << 20;
+        let (mut to, mut from) = (self.allocate_alone::<u8>(BYTES)?, self.allocate_alone::<u8>(BYTES)?);
+        self.zero(from.view_mut())?;
+        let mut best = f64::INFINITY;
+        for _ in 0..=TIMINGS {
+            best = best.min(self.time_once(&mut |cuda| cuda.copy(to.view_mut(), from.view()))?);
+        }
+        Ok(2.0 * BYTES as f64 / best)
+    }
+
+    /// FLOP/s of the best of five large 16-bit products, as [`Cuda::gemm_rate`] times them.
+    pub fn product_rate(&self) -> Result<f64> {
+        let shapes =
+            [(8192, 4096, 4096), (8192, 14_336, 4096), (8192, 4096, 14_336), (8192, 8192, 8192), (4096, 28_672, 4096)];
+        let rates = shapes.map(|(m, n, k)| self.gemm_rate(m, n, k));
+        rates.into_iter().try_fold(0.0, |best: f64, rate| Ok(best.max(rate?)))
     }
 
     /// Bytes a second from pinned host memory to the device. Buffers of its own, beside the arena.
@@ -73,16 +91,5 @@ impl Cuda {
                 .map_err(|e| driver_error("cuMemcpyHtoDAsync", e))
         };
         Ok(BYTES as f64 / self.seconds(copy)?)
-    }
-
-    /// Bytes a second that a copy inside device memory reads and writes, at its best. Buffers of its own, far larger than any
-    /// cache, beside the arena.
-    pub fn copy_rate(&self) -> Result<f64> {
-        const BYTES: usize = 512 << 20;
-        let (mut from, mut to) = (self.allocate_alone::<u8>(BYTES)?, self.allocate_alone::<u8>(BYTES)?);
-        self.zero(from.view_mut())?;
-        let rounds =
-            (0..3).map(|_| self.seconds(|| self.copy(to.view_mut(), from.view()))).collect::<Result<Vec<_>>>()?;
-        Ok(2.0 * BYTES as f64 / rounds.into_iter().fold(f64::INFINITY, f64::min))
     }
 }

@@ -58,7 +58,7 @@ pub(super) fn missing(op: &str) -> Error {
 
 impl Cuda {
     /// Makes the scratch of the ops, and opens cuBLAS if the machine has it. What was made before and is large enough stays.
-    pub(super) fn prepare_scratch(&mut self, needs: &Needs) -> Result<()> {
+    pub(crate) fn prepare_scratch(&mut self, needs: &Needs) -> Result<()> {
         if let Some(d) = needs.heads.map(|h| h.d).filter(|d| !d.is_multiple_of(8) || !(16..=256).contains(d)) {
             let why = "the kernels take multiples of 8 from 16 to 256".into();
             return Err(Error::Unavailable { what: format!("a head size of {d} on the GPU"), why });
@@ -77,7 +77,7 @@ impl Cuda {
         self.scratch = None;
         self.scratch = Some(Box::new(Scratch::new(self, sizes)?));
         if self.cublas.is_none() && !self.hide_cublas && cublas::is_present() {
-            self.cublas = Some(Cublas::open(self, sizes.cublas)?);
+            self.cublas = Some(Cublas::open(self, self.allocate(sizes.cublas)?)?);
         }
         Ok(())
     }

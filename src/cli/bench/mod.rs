@@ -1,6 +1,8 @@
 //! `halfbyte bench`: how fast this machine is, mostly with random weights of a well-known model's shape.
 
+mod compare;
 mod decode;
+pub mod kernels;
 mod load;
 mod step;
 mod step_ops;
@@ -17,7 +19,8 @@ use crate::cli::output::Out;
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   halfbyte bench step --shape mistral-7b --batch 4 --length 2048
-  halfbyte bench decode --shape mistral-7b --past 4096")]
+  halfbyte bench decode --shape mistral-7b --past 4096
+  halfbyte bench compare old-steps.csv new-steps.csv")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,
@@ -25,19 +28,25 @@ pub struct BenchArgs {
 
 #[derive(Subcommand, Debug)]
 enum What {
+    /// Time every kernel at the shapes of 1B, 7B and 13B models
+    Kernels(kernels::KernelsArgs),
     /// Time whole training steps
     Step(Box<step::StepArgs>),
     /// Time the generation of one token after another
     Decode(decode::DecodeArgs),
     /// Time how a model directory gets onto the device and into 4 bits
     Load(load::LoadArgs),
+    /// Show which rows of two CSV files of results became slower or faster
+    Compare(compare::CompareArgs),
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
     match args.what {
+        What::Kernels(args) => kernels::run(&args),
         What::Step(args) => step::run(&args),
         What::Decode(args) => decode::run(&args),
         What::Load(args) => load::run(&args),
+        What::Compare(args) => compare::run(&args),
     }
 }
 

@@ -1,0 +1,262 @@
+//! Cases on a GPU: checked against the oracle, then timed, in rounds that place the buffers elsewhere.
+//!
+//! A sample is a graph of launches between two events, long enough that the clock's resolution does not matter, on sets
+//! of buffers that take turns; the cache is flushed before it. So no launch finds its inputs in the cache, and neither
+//! the host nor the latency of a launch is in it.
+
+use std::collections::BTreeMap;
+
+use super::case::{Case, Way};
+use super::check::{Answers, Difference};
+use super::outcome::{Ceilings, Outcome, Times, row};
+use super::set::{Dev, Set};
+use super::values::Inputs;
+use crate::backend::Needs;
+use crate::backend::cuda::Cuda;
+use crate::backend::cuda::memory::Buffer;
+use crate::bench::environment::environment;
+use crate::error::{Error, Result};
+
+/// Rounds, each with the buffers elsewhere; samples of each.
+const ROUNDS: usize = 3;
+const SAMPLES: usize = 12;
+/// Seconds that a sample should take, and launches in it at most.
+const SAMPLE: f64 = 400e-6;
+const LAUNCHES: usize = 256;
+/// Bytes of all sets behind which nothing is left of the first in any cache.
+const ENOUGH: usize = 512 << 20;
+/// Bytes that a flush reads.
+const FLUSH: usize = 256 << 20;
+/// The arena: at most this, and this left to the driver.
+const ARENA: usize = 24 << 30;
+const SPARE: usize = 1 << 30;
+/// How far apart rounds begin.
+const SHIFT: usize = (1 << 30) + (3 << 20);
+
+/// A GPU made ready for cases.
+pub struct Gpu<'a> {
+    pub cuda: &'a mut Cuda,
+    pub ceilings: Ceilings,
+    flush: Buffer<f32>,
+    flushed: (Buffer<f32>, Buffer<f64>),
+}
+
+impl<'a> Gpu<'a> {
+    /// Measures the ceilings and takes most of the free memory. `needs`: of the linears that will run.
+    pub fn new(cuda: &'a mut Cuda, needs: &Needs) -> Result<Self> {
+        let ceilings = Ceilings { copy: cuda.copy_rate()?, product: cuda.product_rate()? };
+        Self::ready(cuda, needs, ceilings)
+    }
+
+    /// The same without timing anything: for checks alone.
+    pub fn unmeasured(cuda: &'a mut Cuda, needs: &Needs) -> Result<Self> {
+        Self::ready(cuda, needs, Ceilings { copy: f64::INFINITY, product: f64::INFINITY })
+    }
+
+    fn ready(cuda: &'a mut Cuda, needs: &Needs, ceilings: Ceilings) -> Result<Self> {
+        let free = cuda.memory()?.0;
+        let arena = free.saturating_sub(SPARE).min(ARENA);
+        if arena < 4 * FLUSH {
+            let why = format!("{free} bytes of its memory are free, timing kernels takes {}", 4 * FLUSH + SPARE);
+            return Err(Error::Unavailable { what: "the GPU".into(), why });
+        }
+        cuda.reserve(arena)?;
+        cuda.prepare_scratch(needs)?;
+        let flush = cuda.zeros(FLUSH / 4)?;
+        let flushed = (cuda.zeros(1)?, cuda.zeros(crate::backend::cuda::ops::grad_norm::GRAD_NORM_PARTIALS)?);
+        Ok(Self { cuda, ceilings, flush, flushed })
+    }
+
+    /// The cache holds nothing of what was used before, and nothing that it must write back.
+    fn flush(&mut self) -> Result<()> {
+        use crate::backend::cuda::ops::grad_norm::{GradNorm, grad_norm};
+        let (norm, partial) = (self.flushed.0.view_mut(), self.flushed.1.view_mut());
+        grad_norm(self.cuda, GradNorm { norm, grads: self.flush.view(), partial })
+    }
+
+    /// Rounds of a race.
+    pub fn rounds(&self) -> usize {
+        ROUNDS
+    }
+
+    /// Bytes of the arena that are left.
+    fn left(&self) -> usize {
+        self.cuda.arena_use().map_or(0, |(used, all)| all - used)
+    }
+
+    /// Whether one set of this case and its way has room.
+    pub fn fits(&self, case: &Case) -> bool {
+        2 * case.set_bytes() < self.left()
+    }
+
+    /// A set with every argument as the case declares it.
+    fn set(&mut self, case: &Case, inputs: &Inputs, way: &Way) -> Result<Set> {
+        let mut args = Vec::with_capacity(case.args.len());
+        for (arg, column) in case.args.iter().zip(inputs.columns()) {
+            let mut dev = Dev::new(self.cuda, arg)?;
+            dev.fill(self.cuda, column)?;
+            args.push(dev);
+        }
+        let mut set = Set { args, extra: None };
+        if let Some(set_up) = &way.set_up {
+            set_up(self.cuda, &mut set)?;
+        }
+        Ok(set)
+    }
+
+    /// Runs the way once on fresh buffers and compares: the first difference, if any.
+    pub fn check(&mut self, case: &Case, way: &Way) -> Result<Option<Difference>> {
+        let inputs = Inputs::new(&case.args, &case.scalars);
+        let answers = Answers::of(case, &inputs);
+        let mark = self.cuda.arena_mark();
+        self.cuda.use_kernels(way.kernels);
+        let found = self.set(case, &inputs, way).and_then(|mut set| {
+            (way.launch)(self.cuda, &mut set)?;
+            self.compare(case, &answers, &set)
+        });
+        self.reset(mark)?;
+        found
+    }
+
+    fn compare(&self, case: &Case, answers: &[Answers], set: &Set) -> Result<Option<Difference>> {
+        for answer in answers {
+            let dev = &set.args[answer.arg];
+            let whole = if answer.len() == case.args[answer.arg].len() {
+                Some(dev.read(self.cuda, 0..answer.len())?)
+            } else {
+                None
+            };
+            let difference = answer.difference(case, |span| match &whole {
+                Some(all) => Ok(all[span].to_vec()),
+                None => dev.read(self.cuda, span),
+            })?;
+            if difference.is_some() {
+                return Ok(difference);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes the buffers of a case back, whatever became of it.
+    fn reset(&mut self, mark: Option<crate::backend::cuda::memory::ArenaMark>) -> Result<()> {
+        self.cuda.use_kernels(None);
+        self.cuda.use_linear(None);
+        match mark {
+            Some(mark) => self.cuda.rewind(mark),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks and times these ways of these cases. `done` is told after each round of a way. All cases go through a round
+    /// before the next begins, and ways of one case take turns in being first.
+    /// A way whose output is wrong is not timed. Errors: those of the driver.
+    pub fn race(
+        &mut self,
+        cases: &[Case],
+        wanted: &dyn Fn(&Case, &Way) -> bool,
+        done: &mut dyn FnMut(),
+    ) -> Result<Vec<Outcome>> {
+        let mut answers: BTreeMap<usize, (Inputs, Vec<Answers>)> = BTreeMap::new();
+        let mut samples: BTreeMap<(usize, usize), Vec<f64>> = BTreeMap::new();
+        let mut refused: BTreeMap<(usize, usize), Difference> = BTreeMap::new();
+        let mut environments = BTreeMap::new();
+        for round in 0..ROUNDS {
+            for (c, case) in cases.iter().enumerate() {
+                let ways: Vec<usize> = (0..case.ways.len()).filter(|&w| wanted(case, &case.ways[w])).collect();
+                if ways.is_empty() {
+                    continue;
+                }
+                let (inputs, answers) = answers.entry(c).or_insert_with(|| {
+                    let inputs = Inputs::new(&case.args, &case.scalars);
+                    let answers = Answers::of(case, &inputs);
+                    (inputs, answers)
+                });
+                for turn in 0..ways.len() {
+                    let w = ways[(turn + round) % ways.len()];
+                    if refused.contains_key(&(c, w)) {
+                        continue;
+                    }
+                    let mark = self.cuda.arena_mark();
+                    let result = self.round(round, case, inputs, answers, &case.ways[w]);
+                    self.reset(mark)?;
+                    match result.map_err(|e| named(e, case, &case.ways[w]))? {
+                        Ok(seconds) => samples.entry((c, w)).or_default().extend(seconds),
+                        Err(difference) => {
+                            refused.insert((c, w), difference);
+                        }
+                    }
+                    environments.insert((c, w), environment(Some(0)));
+                    done();
+                }
+            }
+        }
+        let mut outcomes = vec![];
+        for (c, case) in cases.iter().enumerate() {
+            let checked = answers.get(&c).map_or(0, |(_, answers)| answers.iter().map(Answers::len).sum());
+            for (w, way) in case.ways.iter().enumerate() {
+                let times = samples.remove(&(c, w)).and_then(Times::of);
+                let refused = refused.remove(&(c, w));
+                if times.is_none() && refused.is_none() {
+                    continue;
+                }
+                let environment = environments.remove(&(c, w)).unwrap_or_default();
+                let row = row(case, way.name, times, self.ceilings, environment, &self.cuda.device().name, checked);
+                outcomes.push(Outcome { row, refused });
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// One round of one way: seconds a launch of each sample, or what is wrong.
+    fn round(
+        &mut self,
+        round: usize,
+        case: &Case,
+        inputs: &Inputs,
+        answers: &[Answers],
+        way: &Way,
+    ) -> Result<Result<Vec<f64>, Difference>> {
+        let mut shift = (round * SHIFT).min(self.left().saturating_sub(3 * case.set_bytes()));
+        shift -= shift % 256;
+        let _elsewhere = self.cuda.zeros::<u8>(shift)?;
+        self.cuda.use_kernels(way.kernels);
+        // The second set is for the clock alone: the first is still what the oracle knows.
+        let mut sets = vec![self.set(case, inputs, way)?];
+        (way.launch)(self.cuda, &mut sets[0])?;
+        if let Some(difference) = self.compare(case, answers, &sets[0])? {
+            return Ok(Err(difference));
+        }
+        let once = {
+            let set = &mut sets[0];
+            self.cuda.time_once(&mut |cuda| (0..3).try_for_each(|_| (way.launch)(cuda, set)))? / 3.0
+        };
+        let launches = ((SAMPLE / once) as usize).clamp(1, LAUNCHES);
+        let room = self.left() / (2 * case.set_bytes() + 4096);
+        let count = ENOUGH.div_ceil(case.set_bytes()).clamp(2, LAUNCHES).min(launches.max(2)).min(1 + room);
+        while sets.len() < count {
+            sets.push(self.set(case, inputs, way)?);
+        }
+        let recorded = self
+            .cuda
+            .record_timed(&mut |cuda| (0..launches).try_for_each(|i| (way.launch)(cuda, &mut sets[i % count])))?;
+        let mut seconds = Vec::with_capacity(SAMPLES);
+        for sample in 0..SAMPLES + 2 {
+            self.flush()?;
+            let took = self.cuda.replay_timed(&recorded)? / launches as f64;
+            if sample >= 2 {
+                seconds.push(took);
+            }
+        }
+        Ok(Ok(seconds))
+    }
+}
+
+/// An error with the row that it came from.
+fn named(error: Error, case: &Case, way: &Way) -> Error {
+    match error {
+        Error::Cuda { op, detail } => {
+            Error::Cuda { op: format!("{op} ({} {} {} {})", case.op, case.model, case.shape, way.name), detail }
+        }
+        other => other,
+    }
+}

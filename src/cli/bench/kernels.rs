@@ -1,0 +1,296 @@
+//! `halfbyte bench kernels`: every op, each way it can run, on the GPU or the CPU.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+#[cfg(feature = "cuda")]
+use halfbyte::backend::cuda::Cuda;
+use halfbyte::bench::compare;
+use halfbyte::bench::kernels::case::Case;
+use halfbyte::bench::kernels::models::{MODELS, TOKENS};
+use halfbyte::bench::kernels::ops::{self, Op};
+use halfbyte::bench::kernels::outcome::{Ceilings, Outcome};
+use halfbyte::bench::kernels::{Filter, cpu};
+use halfbyte::bench::results::{self, KernelRow};
+use halfbyte::{Error, Result};
+use serde_json::json;
+
+use crate::cli::args::{DeviceArgs, at_least_one};
+use crate::cli::load::Picked;
+use crate::cli::output::{Out, note, put};
+use crate::cli::progress::{Progress, Unit};
+
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  halfbyte bench kernels --csv kernels.csv
+  halfbyte bench kernels --op rmsnorm_forward --op swiglu_forward --model 7b
+  halfbyte bench kernels --op linear_forward --tokens 2048 --implementation fused --implementation slice_cublas
+  halfbyte bench kernels --model 7b --compare bench/results/2026-11-28-h100-kernels.csv
+
+Each row: the median of 36 samples in three rounds that place the buffers elsewhere, between the least and the most; inputs
+that no cache holds; checked against the host before it is timed. The floor is what the bytes take at the rate of a
+copy, or the products at the best product's, both measured in the same run. On the CPU: the shape of SmolLM2-135M.")]
+pub struct KernelsArgs {
+    /// Only this op (repeatable)
+    #[arg(long = "op", value_name = "NAME")]
+    pub ops: Vec<String>,
+
+    /// Only the shapes of this model: 1b, 7b, 13b, 135m or toy (repeatable)
+    #[arg(long = "model", value_name = "NAME")]
+    pub models: Vec<String>,
+
+    /// Only this number of tokens (repeatable)
+    #[arg(long = "tokens", value_name = "T", value_parser = at_least_one)]
+    pub tokens: Vec<usize>,
+
+    /// Only shapes whose name contains this (repeatable)
+    #[arg(long = "shape", value_name = "PART")]
+    pub shapes: Vec<String>,
+
+    /// Only this implementation: own, sm80, cublas, fused, slice, slice_cublas, matvec (repeatable)
+    #[arg(long = "implementation", value_name = "NAME")]
+    pub implementations: Vec<String>,
+
+    /// List the ops, and how many rows each has
+    #[arg(long)]
+    pub list: bool,
+
+    /// Append the rows to this file
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+
+    /// Print a JSON array of the rows instead of a table; with --compare, an object of the rows and what moved
+    #[arg(long)]
+    pub json: bool,
+
+    /// Print how each row differs from the same row of this earlier CSV, and mark what moved by more than the spread
+    #[arg(long, value_name = "OLD.csv")]
+    pub compare: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+impl KernelsArgs {
+    fn filter(&self) -> Filter {
+        Filter {
+            ops: self.ops.clone(),
+            models: self.models.clone(),
+            tokens: self.tokens.clone(),
+            shapes: self.shapes.clone(),
+            implementations: self.implementations.clone(),
+        }
+    }
+}
+
+pub fn run(args: &KernelsArgs) -> Result<()> {
+    if args.list {
+        return list();
+    }
+    let filter = args.filter();
+    filter.cases(true)?;
+    if let Some(path) = &args.csv {
+        results::can_append::<KernelRow>(path)?;
+    }
+    if let Some(path) = &args.compare {
+        results::read_rows::<KernelRow>(path)?;
+    }
+    let mut table = Table::new(args);
+    match args.device.backend()? {
+        #[cfg(feature = "cuda")]
+        Picked::Cuda(mut cuda) => gpu(&mut cuda, &filter, &mut table)?,
+        Picked::Cpu(_) => {
+            note(format_args!("no GPU is used: the CPU backend races, in f32; rows say nothing of any GPU"));
+            let mut race = cpu::Race::new(args.device.threads);
+            known(&filter, &race.names())?;
+            table.ceilings(race.ceilings())?;
+            for (op, cases) in filter.cases(true)? {
+                let mut outcomes = vec![];
+                let mut bar = Progress::new(op.name, Unit::Count("shapes"));
+                for (i, case) in cases.iter().enumerate() {
+                    outcomes.extend(race.race(case, &|name| filter.takes(name))?);
+                    bar.set(i as u64 + 1, cases.len() as u64);
+                }
+                drop(bar);
+                table.add(outcomes)?;
+            }
+        }
+    }
+    table.finish(args.compare.as_deref())
+}
+
+/// An implementation that is named must be one of those there are.
+fn known(filter: &Filter, names: &[String]) -> Result<()> {
+    match filter.implementations.iter().find(|name| !names.contains(name)) {
+        Some(name) => Err(Error::flag("--implementation", format!("{name:?}"), names.join(", "))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn gpu(cuda: &mut Cuda, filter: &Filter, table: &mut Table) -> Result<()> {
+    use halfbyte::bench::kernels::gpu::Gpu;
+    use halfbyte::bench::kernels::models::Model;
+
+    let groups = filter.cases(false)?;
+    let mut names: Vec<String> =
+        groups.iter().flat_map(|(_, cases)| cases).flat_map(|c| &c.ways).map(|w| w.name.to_string()).collect();
+    names.sort();
+    names.dedup();
+    known(filter, &names)?;
+    let cublas = cuda.has_cublas();
+    let hopper = cuda.kernels() != halfbyte::backend::cuda::Kernels::Sm80;
+    let mut models: Vec<Model> = groups.iter().flat_map(|(_, c)| c).filter_map(|c| Model::named(c.model)).collect();
+    models.dedup();
+    let tokens = groups.iter().flat_map(|(_, cases)| cases).filter_map(|c| c.tokens).max().unwrap_or(1);
+    let mut gpu = Gpu::new(cuda, &Model::needs(&models, tokens))?;
+    table.ceilings(gpu.ceilings)?;
+    for (op, cases) in groups {
+        let (cases, large): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| gpu.fits(case));
+        for case in large {
+            note(format_args!(
+                "{} {} {} is left out: it does not fit in the free memory",
+                op.name, case.model, case.shape
+            ));
+        }
+        let wanted = |_: &Case, way: &halfbyte::bench::kernels::case::Way| {
+            // The kernels for every card run anyway where there are no others.
+            filter.takes(way.name) && (cublas || !way.needs_cublas) && (hopper || way.kernels.is_none())
+        };
+        let all = gpu.rounds() * cases.iter().map(|c| c.ways.iter().filter(|w| wanted(c, w)).count()).sum::<usize>();
+        let mut bar = Progress::new(op.name, Unit::Count("rounds"));
+        let mut done = 0;
+        let outcomes = gpu.race(&cases, &wanted, &mut || {
+            done += 1;
+            bar.set(done, all as u64);
+        })?;
+        drop(bar);
+        table.add(outcomes)?;
+    }
+    Ok(())
+}
+
+fn list() -> Result<()> {
+    let mut out = Out::new();
+    for op in ops::all() {
+        let shapes: usize = MODELS.iter().map(|m| shapes(&op, m)).sum();
+        let raced = if op.starter.is_some() { "a candidate can race" } else { "" };
+        put!(out, "{:<26} {shapes:>4} shapes  {raced:<20}  {}", op.name, op.about)?;
+    }
+    out.flush()
+}
+
+fn shapes(op: &Op, model: &halfbyte::bench::kernels::models::Model) -> usize {
+    let tokens = if op.has_tokens { &TOKENS[..] } else { &TOKENS[..1] };
+    tokens.iter().map(|&t| (op.cases)(model, t).len()).sum()
+}
+
+/// Prints rows as they come, and keeps them.
+pub struct Table<'a> {
+    out: Out,
+    csv: Option<&'a Path>,
+    json: bool,
+    rows: Vec<KernelRow>,
+    refused: Vec<String>,
+    op: String,
+}
+
+impl<'a> Table<'a> {
+    pub fn new(args: &'a KernelsArgs) -> Self {
+        let (csv, json) = (args.csv.as_deref(), args.json);
+        Self { out: Out::new(), csv, json, rows: vec![], refused: vec![], op: String::new() }
+    }
+
+    pub fn ceilings(&mut self, ceilings: Ceilings) -> Result<()> {
+        if self.json {
+            return Ok(());
+        }
+        let (copy, product) = (ceilings.copy / 1e9, ceilings.product / 1e12);
+        put!(self.out, "at best: copy {copy:.0} GB/s (read and write), product {product:.2} TFLOP/s")?;
+        self.out.flush()
+    }
+
+    /// Rows are kept as they come: an interrupted run loses nothing.
+    pub fn add(&mut self, outcomes: Vec<Outcome>) -> Result<()> {
+        let mut rows = vec![];
+        for Outcome { row, refused } in outcomes {
+            if !self.json && self.op != row.op {
+                self.op.clone_from(&row.op);
+                put!(self.out, "\n{}", row.op)?;
+                put!(
+                    self.out,
+                    "  {:<5} {:<34} {:<14} {:>11} {:>23} {:>8} {:>8} {:>7}",
+                    "model",
+                    "shape",
+                    "implementation",
+                    "median us",
+                    "least to most",
+                    "GB/s",
+                    "TFLOP/s",
+                    "% floor"
+                )?;
+            }
+            if let Some(difference) = refused {
+                let name = format!("{} {} {} {}", row.op, row.model, row.shape, row.implementation);
+                if !self.json {
+                    put!(
+                        self.out,
+                        "  {:<5} {:<34} {:<14} refused: {difference}",
+                        row.model,
+                        row.shape,
+                        row.implementation
+                    )?;
+                }
+                self.refused.push(format!("{name}: {difference}"));
+                continue;
+            }
+            if !self.json {
+                put!(
+                    self.out,
+                    "  {:<5} {:<34} {:<14} {:>11.2} {:>11.2} {:>11.2} {:>8.0} {:>8.1} {:>7.1}",
+                    row.model,
+                    row.shape,
+                    row.implementation,
+                    row.median_us,
+                    row.least_us,
+                    row.most_us,
+                    row.gb_per_s,
+                    row.tflop_per_s,
+                    row.percent_of_floor
+                )?;
+            }
+            rows.push(row);
+        }
+        self.out.flush()?;
+        if let Some(path) = self.csv.filter(|_| !rows.is_empty()) {
+            results::append(path, &rows)?;
+        }
+        self.rows.append(&mut rows);
+        Ok(())
+    }
+
+    /// [`Error::Cuda`] if a row was refused: the kernel is wrong.
+    pub fn finish(mut self, old: Option<&Path>) -> Result<()> {
+        if !self.json {
+            put!(self.out, "\n{} rows, every one checked against the host", self.rows.len())?;
+        }
+        let moved = old.map(|old| compare::against(old, &self.rows)).transpose()?;
+        match (moved, old) {
+            (Some(moved), _) if self.json => self.out.json(&json!({ "rows": self.rows, "comparison": moved }))?,
+            (None, _) if self.json => self.out.json(&json!(self.rows))?,
+            (Some(moved), Some(old)) => {
+                put!(self.out, "\nagainst {}:", old.display())?;
+                super::compare::print(&mut self.out, (old, Path::new("this run")), false, &moved)?;
+            }
+            _ => {}
+        }
+        self.out.flush()?;
+        match self.refused.first() {
+            None => Ok(()),
+            Some(first) => Err(Error::Cuda {
+                op: "bench kernels".into(),
+                detail: format!("{} rows are wrong, the first: {first}", self.refused.len()),
+            }),
+        }
+    }
+}

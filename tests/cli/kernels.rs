@@ -1,0 +1,55 @@
+//! `halfbyte bench kernels` on the CPU.
+
+use crate::halfbyte;
+
+const TOY: [&str; 6] = ["bench", "kernels", "--device", "cpu", "--model", "toy"];
+
+fn args<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    TOY.iter().chain(more).copied().collect()
+}
+
+#[test]
+fn rows_are_printed_kept_and_compared_with_those_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let csv = dir.path().join("kernels.csv");
+    let path = csv.to_str().unwrap();
+    let ops = ["--op", "rmsnorm_forward", "--op", "linear_forward", "--tokens", "16"];
+    let rows = halfbyte(args(&[&ops[..], &["--json", "--csv", path]].concat())).json();
+    let rows = rows.as_array().unwrap();
+    assert!(rows.len() >= 5, "{rows:?}");
+    for row in rows {
+        for key in ["median_us", "floor_us", "percent_of_floor", "gb_per_s", "copy_gb_per_s", "checked", "samples"] {
+            assert!(row[key].as_f64().is_some_and(|v| v > 0.0), "{key}: {row}");
+        }
+        assert!(row["least_us"].as_f64() <= row["median_us"].as_f64(), "{row}");
+    }
+    let kept = halfbyte::bench::results::read_rows::<halfbyte::bench::results::KernelRow>(&csv).unwrap();
+    assert_eq!(kept.len(), rows.len());
+    let text = halfbyte(args(&[&ops[..], &["--compare", path]].concat())).ok();
+    assert!(text.contains("% floor") && text.contains("compared"), "{text}");
+}
+
+#[test]
+fn without_a_gpu_it_says_so() {
+    let run = halfbyte(args(&["--op", "rope_forward", "--tokens", "16"]));
+    assert!(run.stderr().contains("no GPU is used"), "{}", run.stderr());
+}
+
+#[test]
+fn every_op_is_listed() {
+    let list = halfbyte(["bench", "kernels", "--list"]).ok();
+    for op in halfbyte::bench::kernels::ops::all() {
+        assert!(list.contains(op.name), "{}", op.name);
+    }
+}
+
+#[test]
+fn what_names_no_row_is_refused() {
+    halfbyte(args(&["--op", "rmsnorm"])).fails(2, &["--op", "\"rmsnorm\"", "perhaps \"rmsnorm_"]);
+    halfbyte(["bench", "kernels", "--model", "70b"]).fails(2, &["--model", "70b", "7b"]);
+    halfbyte(args(&["--tokens", "0"])).fails(2, &["--tokens"]);
+    halfbyte(args(&["--shape", "nonsense"])).fails(2, &["--shape", "no case"]);
+    halfbyte(args(&["--implementation", "magic"])).fails(2, &["--implementation", "magic", "thread"]);
+    halfbyte(args(&["--compare", "/nonexistent.csv"])).fails(2, &["/nonexistent.csv"]);
+    halfbyte(args(&["--csv", "/nonexistent/a.csv"])).fails(1, &["/nonexistent/a.csv", "cannot open"]);
+}
