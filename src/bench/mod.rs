@@ -4,7 +4,6 @@ pub mod candidate;
 pub mod compare;
 pub mod decode;
 pub mod environment;
-pub mod floors;
 pub mod kernels;
 pub mod random_weights;
 pub mod report;

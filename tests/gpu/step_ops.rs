@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use halfbyte::backend::cuda::Cuda;
 use halfbyte::backend::{Backend, Dropout, HostBatch, OpTime, OptimKind};
-use halfbyte::bench::floors::Ceilings;
+use halfbyte::bench::kernels::outcome::Ceilings;
 use halfbyte::bench::step::{self, Spec};
 use halfbyte::checkpoint::QuantConfig;
 use halfbyte::model::shapes::shape;
@@ -161,7 +161,7 @@ fn profiler() -> Outcome {
 }
 
 fn copy_rate() -> Outcome {
-    let cuda = Cuda::open(0)?;
+    let mut cuda = Cuda::open(0)?;
     let before = cuda.memory()?.0;
     let copy = cuda.copy_rate()?;
     // From the slowest card that there are kernels for to more than any has.

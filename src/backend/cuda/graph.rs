@@ -95,8 +95,12 @@ impl Cuda {
         }
         // A copy begun before must not be waited for inside the record.
         self.join_transfers()?;
-        match self.record(f)? {
-            Some((graph, calls)) => {
+        let before = self.timer.as_ref().map_or(0, |t| t.calls.len());
+        let recorded = self.record(f)?;
+        // None of them has run yet.
+        let calls = self.timer.as_mut().map_or(vec![], |t| t.calls.split_off(before));
+        match recorded {
+            Some(graph) => {
                 if self.graphs.kept.len() == GRAPHS {
                     self.graphs.kept.remove(0);
                 }
@@ -127,20 +131,15 @@ impl Cuda {
         launched.map_err(|e| driver_error("cuGraphLaunch", e))
     }
 
-    /// What `f` launches and its timed ops, without running it. None if it could not be recorded: work of another thread of
-    /// the process can spoil a recording.
-    pub(super) fn record(
-        &mut self,
-        f: &mut dyn FnMut(&mut Self) -> Result<()>,
-    ) -> Result<Option<(CudaGraph, Vec<Call>)>> {
+    /// What `f` launches, without running it. None if it could not be recorded: work of another thread of the process can
+    /// spoil a recording.
+    pub(super) fn record(&mut self, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<CudaGraph>> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(|e| driver_error("cuStreamBeginCapture", e))?;
         self.graphs.recording = true;
         let depth = self.scopes.depth();
-        let before = self.timer.as_ref().map_or(0, |t| t.calls.len());
         let ran = f(self).and_then(|()| self.join_transfers());
         self.graphs.recording = false;
-        let calls = self.timer.as_mut().map_or(vec![], |t| t.calls.split_off(before));
         let record = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
         if let Err(error) = ran {
             self.graphs.failure = Some(error.to_string());
@@ -152,7 +151,7 @@ impl Cuda {
         match record {
             Ok(Some(graph)) => {
                 self.calls.record();
-                Ok(Some((graph, calls)))
+                Ok(Some(graph))
             }
             Ok(None) => Ok(None),
             Err(error) => {

@@ -4,9 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cudarc::driver::CudaEvent;
-
-use super::{Cuda, driver_error};
+use super::Cuda;
+use super::timing::Event;
 use crate::backend::work::add_call;
 use crate::backend::{OpTime, Work};
 use crate::error::Result;
@@ -17,7 +16,7 @@ pub(super) struct Call {
     op: &'static str,
     work: Work,
     /// Before and behind it.
-    events: Arc<[CudaEvent; 2]>,
+    events: Arc<[Event; 2]>,
 }
 
 /// The calls that are timed.
@@ -27,7 +26,7 @@ pub(super) struct Timer {
     /// the time of the last.
     pub calls: Vec<Call>,
     /// Events that no call uses. They are made as they are needed: all of them in a first step, which records nothing.
-    spare: Vec<Arc<[CudaEvent; 2]>>,
+    spare: Vec<Arc<[Event; 2]>>,
 }
 
 impl Cuda {
@@ -43,7 +42,7 @@ impl Cuda {
         let Some(timer) = &mut self.timer else { return f(self) };
         let events = match timer.spare.pop() {
             Some(events) => events,
-            None => Arc::new([self.timing_event()?, self.timing_event()?]),
+            None => Arc::new([self.event()?, self.event()?]),
         };
         self.mark(&events[0])?;
         f(self)?;
@@ -57,13 +56,13 @@ impl Cuda {
     /// The time of each op since the last call, in the order of first use. Waits for them.
     pub(super) fn take_times(&mut self) -> Result<Vec<OpTime>> {
         self.synchronize()?;
-        let Some(timer) = &mut self.timer else { return Ok(vec![]) };
+        let calls = self.timer.as_mut().map_or(vec![], |t| std::mem::take(&mut t.calls));
         let mut times = vec![];
-        for Call { op, work, events } in timer.calls.drain(..) {
-            let ms = events[0].elapsed_ms(&events[1]).map_err(|e| driver_error("cuEventElapsedTime", e))?;
-            add_call(&mut times, op, Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3), work);
+        for Call { op, work, events } in calls {
+            let time = Duration::try_from_secs_f64(self.seconds_between(&events[0], &events[1])?).unwrap_or_default();
+            add_call(&mut times, op, time, work);
             // A record may hold them too.
-            if Arc::strong_count(&events) == 1 {
+            if let Some(timer) = self.timer.as_mut().filter(|_| Arc::strong_count(&events) == 1) {
                 timer.spare.push(events);
             }
         }

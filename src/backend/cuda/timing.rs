@@ -1,67 +1,88 @@
-//! Events on the stream, and launches timed between two of them: recorded once as a graph, so that neither the host nor
-//! the launches' latency is in what is measured.
+//! Launches timed on the device: recorded once as a graph with an event at each end, so that neither the host nor the
+//! launches' latency is in what is measured.
 
-use cudarc::driver::{CudaEvent, CudaGraph, sys};
+use cudarc::driver::{CudaGraph, sys};
 
 use super::{Cuda, driver_error};
 use crate::error::{Error, Result};
 
+/// A mark in the stream that knows when the GPU came by.
+pub(crate) struct Event(sys::CUevent);
+
+// SAFETY: an event may be used from any thread whose context is the one it was made in; its users bind that first.
+unsafe impl Send for Event {}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `event` and destroyed once. What the driver answers is of no use here.
+        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
 /// Launches recorded between two events.
 pub(crate) struct Recorded {
-    // The graph goes before the events that it names.
     graph: CudaGraph,
-    start: CudaEvent,
-    end: CudaEvent,
+    start: Event,
+    end: Event,
 }
 
 impl Cuda {
-    pub(super) fn timing_event(&self) -> Result<CudaEvent> {
-        let event = self.context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
-        event.map_err(|e| driver_error("cuEventCreate", e))
+    pub(crate) fn event(&self) -> Result<Event> {
+        self.bind()?;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: the driver writes a handle to `event`.
+        unsafe { sys::cuEventCreate(&raw mut event, sys::CUevent_flags_enum::CU_EVENT_DEFAULT as u32) }
+            .result()
+            .map_err(|e| driver_error("cuEventCreate", e))?;
+        Ok(Event(event))
     }
 
-    /// Records an event behind what was launched so far; while a graph is recorded, as a node of it, which happens anew at
-    /// every replay.
-    pub(super) fn mark(&self, event: &CudaEvent) -> Result<()> {
+    /// The event happens when all launched before has finished. While launches are recorded it becomes a node that happens
+    /// at every replay.
+    pub(crate) fn mark(&self, event: &Event) -> Result<()> {
         self.bind()?;
-        let flags = match self.graphs.recording {
-            // Without it the event would order streams of the recording, and hold no time.
-            true => sys::CUevent_record_flags::CU_EVENT_RECORD_EXTERNAL,
-            false => sys::CUevent_record_flags::CU_EVENT_RECORD_DEFAULT,
+        let flag = match self.graphs.recording {
+            true => sys::CUevent_record_flags_enum::CU_EVENT_RECORD_EXTERNAL,
+            false => sys::CUevent_record_flags_enum::CU_EVENT_RECORD_DEFAULT,
         };
-        // SAFETY: event and stream are of this context. The event outlives the graph: whoever keeps one keeps the other.
-        let recorded = unsafe { sys::cuEventRecordWithFlags(event.cu_event(), self.stream.cu_stream(), flags as u32) };
-        recorded.result().map_err(|e| driver_error("cuEventRecordWithFlags", e))
+        // SAFETY: event and stream are live handles of this context.
+        unsafe { sys::cuEventRecordWithFlags(event.0, self.stream.cu_stream(), flag as u32) }
+            .result()
+            .map_err(|e| driver_error("cuEventRecord", e))
     }
 
     /// Seconds from one event to a later one; both have happened.
-    fn seconds_between(start: &CudaEvent, end: &CudaEvent) -> Result<f64> {
-        let ms = start.elapsed_ms(end).map_err(|e| driver_error("cuEventElapsedTime", e))?;
+    pub(crate) fn seconds_between(&self, start: &Event, end: &Event) -> Result<f64> {
+        self.bind()?;
+        let mut ms = 0f32;
+        // SAFETY: both events are live, and the driver writes a float.
+        unsafe { sys::cuEventElapsedTime_v2(&raw mut ms, start.0, end.0) }
+            .result()
+            .map_err(|e| driver_error("cuEventElapsedTime", e))?;
         Ok(f64::from(ms) / 1e3)
     }
 
     /// Seconds that the GPU takes for what `f` launches, launched once as it is.
     pub(crate) fn time_once(&mut self, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<f64> {
-        let (start, end) = (self.timing_event()?, self.timing_event()?);
+        let (start, end) = (self.event()?, self.event()?);
         self.synchronize()?;
         self.mark(&start)?;
         f(self)?;
         self.mark(&end)?;
         self.synchronize()?;
-        Self::seconds_between(&start, &end)
+        self.seconds_between(&start, &end)
     }
 
     /// Records what `f` launches; it has run once before. [`Error::Cuda`] if it cannot be recorded.
     pub(crate) fn record_timed(&mut self, f: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Recorded> {
-        let (start, end) = (self.timing_event()?, self.timing_event()?);
-        let recorded = self.record(&mut |cuda| {
+        let (start, end) = (self.event()?, self.event()?);
+        let graph = self.record(&mut |cuda| {
             cuda.mark(&start)?;
             f(cuda)?;
             cuda.mark(&end)
         })?;
         let why = || self.recording_failure().unwrap_or("the driver gave no reason").to_string();
-        let (graph, _) =
-            recorded.ok_or_else(|| Error::Cuda { op: "recording launches to time".into(), detail: why() })?;
+        let graph = graph.ok_or_else(|| Error::Cuda { op: "recording launches to time".into(), detail: why() })?;
         Ok(Recorded { graph, start, end })
     }
 
@@ -69,6 +90,6 @@ impl Cuda {
     pub(crate) fn replay_timed(&mut self, recorded: &Recorded) -> Result<f64> {
         recorded.graph.launch().map_err(|e| driver_error("cuGraphLaunch", e))?;
         self.synchronize()?;
-        Self::seconds_between(&recorded.start, &recorded.end)
+        self.seconds_between(&recorded.start, &recorded.end)
     }
 }

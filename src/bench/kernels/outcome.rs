@@ -2,6 +2,7 @@
 
 use super::case::Case;
 use super::check::Difference;
+use crate::backend::Work;
 use crate::bench::environment::Environment;
 use crate::bench::results::KernelRow;
 
@@ -33,6 +34,13 @@ pub struct Ceilings {
     pub product: f64,
 }
 
+impl Ceilings {
+    /// Seconds that this takes at least: whichever of moving and multiplying takes longer.
+    pub fn floor(&self, work: Work) -> f64 {
+        (work.bytes / self.copy).max(work.flops / self.product)
+    }
+}
+
 /// How one way of a case came out.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -52,7 +60,7 @@ pub fn row(
     card: &str,
     checked: usize,
 ) -> KernelRow {
-    let floor_us = 1e6 * (case.bytes / ceilings.copy).max(case.flops / ceilings.product);
+    let floor_us = 1e6 * ceilings.floor(Work { bytes: case.bytes, flops: case.flops });
     let Times { median_us, least_us, most_us, samples } =
         times.unwrap_or(Times { median_us: 0.0, least_us: 0.0, most_us: 0.0, samples: 0 });
     let per = |what: f64| if median_us > 0.0 { what / median_us } else { 0.0 };
@@ -82,5 +90,18 @@ pub fn row(
         floor_us,
         percent_of_floor: 100.0 * per(floor_us),
         checked,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_slower_of_moving_and_multiplying_is_the_floor() {
+        let ceilings = Ceilings { copy: 2e12, product: 5e14 };
+        assert_eq!(ceilings.floor(Work { bytes: 4e12, flops: 5e14 }), 2.0);
+        assert_eq!(ceilings.floor(Work { bytes: 4e12, flops: 15e14 }), 3.0);
+        assert_eq!(ceilings.floor(Work::default()), 0.0);
     }
 }

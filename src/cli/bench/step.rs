@@ -3,7 +3,7 @@
 use clap::Args;
 use halfbyte::backend::Backend;
 use halfbyte::bench::environment::{Environment, environment};
-use halfbyte::bench::floors::Ceilings;
+use halfbyte::bench::kernels::outcome::Ceilings;
 use halfbyte::bench::results::{StepOpRow, StepRow, figure};
 use halfbyte::bench::step::{self, Report, Spec};
 use halfbyte::memory::{self, Card, Mode, Plan, Request};

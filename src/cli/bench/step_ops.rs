@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use halfbyte::Result;
 use halfbyte::backend::OpTime;
-use halfbyte::bench::floors::Ceilings;
+use halfbyte::bench::kernels::outcome::Ceilings;
 use halfbyte::bench::results::{self, StepOpRow, StepRow, figure};
 use halfbyte::bench::step::Ops;
 
