@@ -11,6 +11,8 @@ pub(crate) struct Event(sys::CUevent);
 
 // SAFETY: an event may be used from any thread whose context is the one it was made in; its users bind that first.
 unsafe impl Send for Event {}
+// SAFETY: as above; calls of the driver on one handle may come from several threads at a time.
+unsafe impl Sync for Event {}
 
 impl Drop for Event {
     fn drop(&mut self) {
