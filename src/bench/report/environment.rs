@@ -51,8 +51,7 @@ fn origins(report: &Report) -> Vec<Origin<'_>> {
         origin!(r: StepRow, &r.tool, {
             driver: &r.driver,
             sm_mhz: r.sm_mhz,
-            memory_mhz: r.memory_mhz,
-            product: r.tflops_ceiling.unwrap_or(0.0)
+            memory_mhz: r.memory_mhz
         })
     });
     let ops = report.step_ops.iter().map(|r| origin!(r: StepOpRow, &r.tool, { driver: &r.driver }));
@@ -99,7 +98,9 @@ pub fn context(report: &Report) -> Value {
     let mut sources: BTreeMap<(&str, &str, &str), Source<'_>> = BTreeMap::new();
     for o in &origins {
         let source = sources.entry((o.card, o.tool, o.commit)).or_default();
-        source.dates.insert(o.date);
+        if !o.date.is_empty() {
+            source.dates.insert(o.date);
+        }
         if !o.driver.is_empty() {
             source.drivers.insert(o.driver);
         }
@@ -145,7 +146,7 @@ pub fn context(report: &Report) -> Value {
 fn span(dates: &BTreeSet<&str>) -> String {
     match (dates.first(), dates.last()) {
         (Some(first), Some(last)) if first != last => format!("{first} to {last}"),
-        (Some(first), _) => or_dash(first),
+        (Some(first), _) => (*first).into(),
         _ => "–".into(),
     }
 }
