@@ -182,7 +182,7 @@ fn a_report_that_would_destroy_or_mean_nothing_is_refused() {
     std::fs::write(&other, STEPS.lines().next().unwrap()).unwrap();
     report(&other, &page).fails(2, &["other.csv", "no rows"]);
     std::fs::write(&other, STEPS.replace("8228.573", "fast")).unwrap();
-    report(&other, &page).fails(2, &["other.csv", "line 2", "fast"]);
+    report(&other, &page).fails(2, &["other.csv", "line 2"]);
     halfbyte(["bench", "report", "--out", &page]).fails(2, &["RESULTS.csv"]);
     halfbyte(["bench", "report", &steps]).fails(2, &["--out"]);
     assert!(!std::path::Path::new(&page).exists());

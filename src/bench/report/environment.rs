@@ -23,41 +23,38 @@ struct Origin<'a> {
     product: f64,
 }
 
+/// What every row says, of the tool that it names.
 macro_rules! origin {
-    ($row:ident: $type:ident, $tool:expr, { $($field:ident: $value:expr),* }) => {
+    ($row:ident: $type:ident, $tool:expr) => {
         Origin {
             table: $type::TABLE,
             card: &$row.card,
             tool: $tool,
             commit: &$row.commit,
             date: &$row.date,
-            $($field: $value,)*
             ..Origin::default()
         }
     };
 }
 
 fn origins(report: &Report) -> Vec<Origin<'_>> {
-    let kernels = report.kernels.iter().map(|r| {
-        origin!(r: KernelRow, &r.tool, {
-            driver: &r.driver,
-            sm_mhz: r.sm_mhz,
-            memory_mhz: r.memory_mhz,
-            copy: r.copy_gb_per_s,
-            product: r.product_tflop_per_s
-        })
+    let kernels = report.kernels.iter().map(|r| Origin {
+        driver: &r.driver,
+        sm_mhz: r.sm_mhz,
+        memory_mhz: r.memory_mhz,
+        copy: r.copy_gb_per_s,
+        product: r.product_tflop_per_s,
+        ..origin!(r: KernelRow, &r.tool)
     });
-    let steps = report.steps.iter().map(|r| {
-        origin!(r: StepRow, &r.tool, {
-            driver: &r.driver,
-            sm_mhz: r.sm_mhz,
-            memory_mhz: r.memory_mhz,
-            product: r.tflops_ceiling.unwrap_or(0.0)
-        })
+    let steps = report.steps.iter().map(|r| Origin {
+        driver: &r.driver,
+        sm_mhz: r.sm_mhz,
+        memory_mhz: r.memory_mhz,
+        ..origin!(r: StepRow, &r.tool)
     });
-    let ops = report.step_ops.iter().map(|r| origin!(r: StepOpRow, &r.tool, { driver: &r.driver }));
-    let decode = report.decode.iter().map(|r| origin!(r: DecodeRow, "halfbyte", {}));
-    let load = report.load.iter().map(|r| origin!(r: LoadRow, "halfbyte", {}));
+    let ops = report.step_ops.iter().map(|r| Origin { driver: &r.driver, ..origin!(r: StepOpRow, &r.tool) });
+    let decode = report.decode.iter().map(|r| origin!(r: DecodeRow, "halfbyte"));
+    let load = report.load.iter().map(|r| origin!(r: LoadRow, "halfbyte"));
     kernels.chain(steps).chain(ops).chain(decode).chain(load).collect()
 }
 
@@ -99,7 +96,9 @@ pub fn context(report: &Report) -> Value {
     let mut sources: BTreeMap<(&str, &str, &str), Source<'_>> = BTreeMap::new();
     for o in &origins {
         let source = sources.entry((o.card, o.tool, o.commit)).or_default();
-        source.dates.insert(o.date);
+        if !o.date.is_empty() {
+            source.dates.insert(o.date);
+        }
         if !o.driver.is_empty() {
             source.drivers.insert(o.driver);
         }
@@ -145,7 +144,7 @@ pub fn context(report: &Report) -> Value {
 fn span(dates: &BTreeSet<&str>) -> String {
     match (dates.first(), dates.last()) {
         (Some(first), Some(last)) if first != last => format!("{first} to {last}"),
-        (Some(first), _) => or_dash(first),
+        (Some(first), _) => (*first).into(),
         _ => "–".into(),
     }
 }

@@ -35,6 +35,7 @@ pub fn grouped(value: f64) -> String {
 pub fn number(value: f64) -> String {
     match value.abs() {
         v if !v.is_finite() => "–".into(),
+        0.0 => "0".into(),
         v if v >= 1000.0 => grouped(value),
         v if v >= 10.0 => format!("{value:.1}"),
         v if v >= 1.0 => format!("{value:.2}"),

@@ -68,7 +68,7 @@ fn bars(title: &str, ops: &[&StepOpRow], place: &dyn Fn(&str) -> usize) -> Value
         json!({
             "colour": if colour < COLOURS { colour.to_string() } else { "other".into() },
             "width": width(ms, whole),
-            "title": format!("{}: {} ms {what}, {:.1} % of the step, {} calls", r.op, number(ms), 100.0 * ms / step, r.calls),
+            "title": format!("{}: {} ms {what}, {} calls", r.op, number(ms), r.calls),
         })
     };
     json!({
