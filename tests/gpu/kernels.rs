@@ -4,6 +4,10 @@
 use std::sync::Arc;
 
 use halfbyte::backend::cuda::Cuda;
+use halfbyte::bench::candidate::Source;
+use halfbyte::bench::candidate::nvrtc::Nvrtc;
+use halfbyte::bench::candidate::program::Program;
+use halfbyte::bench::candidate::template::template;
 use halfbyte::bench::kernels::case::{Case, Way};
 use halfbyte::bench::kernels::gpu::Gpu;
 use halfbyte::bench::kernels::models::{MODELS, Model, TOY};
@@ -23,6 +27,14 @@ pub fn trials() -> Vec<Trial> {
             })
         })
         .collect();
+    let missing = Nvrtc::get().err().map(|why| why.to_string());
+    for op in ops::all().into_iter().filter(|op| op.starter.is_some()) {
+        let trial = Trial::test(format!("starters/{}", op.name), move || starter(op));
+        trials.push(match &missing {
+            Some(why) => trial.with_kind(why.clone()).with_ignored_flag(true),
+            None => trial,
+        });
+    }
     trials.push(Trial::test("kernels/a_wrong_kernel_is_refused_and_a_right_one_timed", refusal));
     trials
 }
@@ -36,6 +48,22 @@ fn every_way(cuda: &mut Cuda, op: Op, model: &Model, tokens: &[usize]) -> Outcom
             if let Some(difference) = gpu.check(&case, way)? {
                 return Err(format!("{} {} {}: {difference}", case.op, case.shape, way.name).into());
             }
+        }
+    }
+    Ok(())
+}
+
+/// The file that `--print-template` writes compiles and is right.
+fn starter(op: Op) -> Outcome {
+    let mut cuda = Cuda::open(0)?;
+    let source = Source { path: format!("{}.cu", op.name).into(), text: template(&op)? };
+    let program = Program::build(&cuda, &source)?;
+    let cases: Vec<Case> = [1, 8, 61, 130].into_iter().flat_map(|t| (op.cases)(&TOY, t)).collect();
+    let mut gpu = Gpu::unmeasured(&mut cuda, &Model::needs(&[TOY], 130))?;
+    for case in cases {
+        let way = program.way(gpu.cuda, &case, "candidate")?;
+        if let Some(difference) = gpu.check(&case, &way)? {
+            return Err(format!("{} {}: {difference}", case.op, case.shape).into());
         }
     }
     Ok(())

@@ -33,6 +33,9 @@ pub const TOY: Model = Model { name: "toy", c: 256, f: 512, v: 1024, heads: head
 /// Token counts of the table.
 pub const TOKENS: [usize; 7] = [1, 16, 128, 512, 2048, 8192, 16_384];
 
+/// Name, widths N of the projections side by side, and K.
+pub type Group = (&'static str, Vec<usize>, usize);
+
 /// Rank of LoRA.
 pub const R: usize = 16;
 
@@ -43,7 +46,7 @@ impl Model {
     }
 
     /// Name, widths of the projections side by side, and K, of each linear of a block.
-    pub fn linears(&self) -> [(&'static str, Vec<usize>, usize); 4] {
+    pub fn linears(&self) -> [Group; 4] {
         let (q, kv) = (self.heads.h * self.heads.d, self.heads.g * self.heads.d);
         [
             ("q|k|v", vec![q, kv, kv], self.c),
@@ -65,7 +68,7 @@ impl Model {
     /// What the linears of these models need of a GPU's scratch, at up to `t` tokens.
     pub fn needs(models: &[Self], t: usize) -> crate::backend::Needs {
         let groups: Vec<_> = models.iter().flat_map(Self::linears).collect();
-        let most = |of: &dyn Fn(&(&str, Vec<usize>, usize)) -> usize| groups.iter().map(of).max().unwrap_or(0);
+        let most = |of: &dyn Fn(&Group) -> usize| groups.iter().map(of).max().unwrap_or(0);
         crate::backend::Needs {
             t,
             c: models.iter().map(|m| m.c).max().unwrap_or(0),
