@@ -8,9 +8,8 @@ use crate::bench::kernels::models::Model;
 use crate::bench::kernels::ops::Op;
 use crate::error::{Error, Result};
 
-/// Whose sizes the comments of a template show.
+/// Whose sizes the comments of a template show, at a usual number of tokens.
 const MODEL: &str = "7b";
-const TOKENS: usize = 2048;
 
 /// What a template is made of, apart from the starter.
 pub struct Contract<'a> {
@@ -28,7 +27,7 @@ pub fn template(op: &Op) -> Result<String> {
     };
     let starter = op.starter.ok_or_else(none)?;
     let model = Model::named(MODEL).ok_or_else(none)?;
-    let case = (op.cases)(&model, TOKENS).into_iter().next().ok_or_else(none)?;
+    let case = (op.cases)(&model, op.usual_tokens(&model)).into_iter().next().ok_or_else(none)?;
     let contract = Contract { op: op.name, about: op.about, args: &case.args, scalars: &case.scalars };
     Ok(contract.file(starter))
 }
@@ -177,7 +176,7 @@ extern \"C\" __global__ void rmsnorm_forward(
         for op in with_toy().filter(|op| op.starter.is_some()) {
             let mut seen = std::collections::BTreeSet::new();
             for model in MODELS.into_iter().chain([TOY]) {
-                for case in (op.cases)(&model, 16) {
+                for case in (op.cases)(&model, op.usual_tokens(&model)) {
                     let contract = Contract { op: "", about: "", args: &case.args, scalars: &case.scalars };
                     seen.insert(contract.signature("k"));
                 }

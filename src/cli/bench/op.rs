@@ -44,7 +44,7 @@ pub struct OpArgs {
     #[arg(long, value_name = "NAME", default_value = "7b", value_parser = clap::builder::PossibleValuesParser::new(["1b", "7b", "13b", "toy"]))]
     model: String,
 
-    /// Tokens; may be given more than once [default: 2048]
+    /// Tokens; may be given more than once [default: 2048, or 1 for the ops of generation]
     #[arg(long, value_name = "T", value_parser = at_least_one)]
     tokens: Vec<usize>,
 
@@ -211,7 +211,7 @@ mod gpu {
         let unknown = || Error::flag("--model", format!("{:?}", args.model), "1b, 7b, 13b or toy");
         let model = Model::named(&args.model).ok_or_else(unknown)?;
         let tokens = match (op.has_tokens, args.tokens.as_slice()) {
-            (true, []) => vec![2048],
+            (true, []) => vec![op.usual_tokens(&model)],
             (true, some) => some.to_vec(),
             (false, []) => vec![TOKENS[0]],
             (false, [first, ..]) => {
@@ -221,7 +221,12 @@ mod gpu {
         for &t in &tokens {
             micro_batch("--tokens", 1, t)?;
         }
-        Ok(tokens.into_iter().flat_map(|t| (op.cases)(&model, t)).collect())
+        let cases: Vec<Case> = tokens.iter().flat_map(|&t| (op.cases)(&model, t)).collect();
+        if cases.is_empty() {
+            let expected = format!("a number such as {}: {} has no shape at these", op.usual_tokens(&model), op.name);
+            return Err(Error::flag("--tokens", format!("{tokens:?}"), expected));
+        }
+        Ok(cases)
     }
 
     /// `--watch`: a process of its own for each race.

@@ -28,7 +28,7 @@ use crate::cli::progress::{Progress, Unit};
   halfbyte bench step --shape smollm2-135m --length 512 --device cpu
 
 A step is one micro-batch forward and backward, the gradient norm and the update; LoRA on all seven projections. The
-bound is the time of the matrix products alone at the rate that the largest of them reached in this run.")]
+bound is the time of the matrix products alone at the rate of the best of five large ones in this run.")]
 pub struct StepArgs {
     /// Model whose shape it is
     #[arg(long, value_name = "NAME", default_value = "mistral-7b", value_parser = clap::builder::PossibleValuesParser::new(shapes::SHAPES))]
@@ -181,8 +181,7 @@ fn machine(picked: &mut Picked, args: &StepArgs, config: &ModelConfig) -> Result
         Picked::Cuda(cuda) => {
             let device = cuda.device();
             let (name, card) = (device.name.clone(), *Card::of_device(&device.name, device.memory));
-            let tokens = (args.batch * args.length).clamp(8192, 16_384);
-            let rate = cuda.gemm_rate(tokens, config.intermediate_size, config.hidden_size)?;
+            let rate = cuda.product_rate()?;
             let ceilings = match args.ops.ops {
                 true => Some(Ceilings { copy: cuda.copy_rate()?, product: rate }),
                 false => None,

@@ -328,7 +328,7 @@ const FORWARD: &str = r"// launch: attention_forward grid=t,h block=256
     if ((unsigned long long)cu_seqlens[i] <= token) start = cu_seqlens[i];
   __shared__ float score[256];
   const __nv_bfloat16 *query = qkv + token * width + head * d;
-  float top = -INFINITY, sum = 0.0f, out = 0.0f;
+  float top = -1e30f, sum = 0.0f, out = 0.0f;
   for (unsigned long long first = start; first <= token; first += 256) {
     const unsigned long long key = first + threadIdx.x;
     float s = 0.0f;

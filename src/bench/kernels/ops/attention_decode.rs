@@ -112,7 +112,7 @@ const STARTER: &str = r"// launch: attention_decode grid=h block=256
     v[last * width + kv * d + threadIdx.x] = new_v[threadIdx.x];
   }
   __shared__ float score[256];
-  float top = -INFINITY, sum = 0.0f, out = 0.0f;
+  float top = -1e30f, sum = 0.0f, out = 0.0f;
   for (unsigned long long first = 0; first <= last; first += 256) {
     const unsigned long long key = first + threadIdx.x;
     const __nv_bfloat16 *row = key == last ? new_k : k + key * width + kv * d;

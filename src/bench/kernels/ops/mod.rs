@@ -49,6 +49,14 @@ pub struct Op {
     pub starter: Option<&'static str>,
 }
 
+impl Op {
+    /// A usual number of tokens at which the op has a case: that of generation has some only at few.
+    pub fn usual_tokens(&self, model: &Model) -> usize {
+        let has = |t: &usize| !(self.cases)(model, *t).is_empty();
+        [2048, 512, 128, 16].into_iter().find(has).unwrap_or(1)
+    }
+}
+
 /// All ops, in the order of the table.
 pub fn all() -> Vec<Op> {
     [
