@@ -55,3 +55,20 @@ fn what_names_no_row_is_refused() {
     halfbyte(args(&["--compare", "/nonexistent.csv"])).fails(2, &["/nonexistent.csv"]);
     halfbyte(args(&["--csv", "/nonexistent/a.csv"])).fails(1, &["/nonexistent/a.csv", "cannot open"]);
 }
+
+/// scripts/peers appends to the tables that the program reads.
+#[test]
+fn the_peers_scripts_write_the_same_columns() {
+    use halfbyte::bench::results::{KernelRow, StepRow, append};
+    let dir = tempfile::tempdir().unwrap();
+    let (kernels, steps) = (dir.path().join("kernels.csv"), dir.path().join("steps.csv"));
+    append(&kernels, &[KernelRow::default()]).unwrap();
+    append(&steps, &[StepRow::default()]).unwrap();
+    let first = |path| std::fs::read_to_string(path).unwrap().lines().next().unwrap().to_string();
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/peers/gpu_common.py");
+    let out = std::process::Command::new("python3").arg(script).arg("--columns").output().expect("python3");
+    let text = String::from_utf8_lossy(&out.stdout);
+    for columns in [first(kernels), first(steps)] {
+        assert!(text.lines().any(|line| line.ends_with(&columns)), "{columns}\nis not in\n{text}");
+    }
+}

@@ -107,7 +107,7 @@ pub fn run(args: &StepArgs) -> Result<()> {
         return Err(Error::flag("--profile-range", "the CPU", "a GPU: it is for nsys and ncu"));
     }
     let free = with_backend!(&mut picked, |b| b.free_memory())?;
-    let machine = machine(&mut picked, args, &config)?;
+    let machine = machine(&mut picked, args)?;
     let (plan, report) = with_backend!(&mut picked, |b| measure(b, &config, args, &machine, free))?;
     let row = row(args, &config, &machine, plan.as_ref(), &report, environment(picked.gpu()));
     let ops = report.ops.as_ref().map(|ops| step_ops::rows(&row, ops, machine.ceilings));
@@ -174,7 +174,7 @@ fn print(out: &mut Out, args: &StepArgs, row: &StepRow, plan: Option<&Plan>, rep
 }
 
 #[cfg_attr(not(feature = "cuda"), expect(unused, clippy::unnecessary_wraps, reason = "for a GPU"))]
-fn machine(picked: &mut Picked, args: &StepArgs, config: &ModelConfig) -> Result<Machine> {
+fn machine(picked: &mut Picked, args: &StepArgs) -> Result<Machine> {
     match picked {
         Picked::Cpu(cpu) => Ok(Machine { name: cpu.describe(), card: None, rate: None, ceilings: None }),
         #[cfg(feature = "cuda")]
