@@ -153,7 +153,8 @@ impl Backend for Cuda {
 
     fn new_optimizer(&mut self, of: NewOptimizer) -> Result<Optimizer> {
         self.count(table_bytes(of.tensors.len()));
-        // Read and written in place over PCIe it takes a fifth of the time that prefetching there and back does (bench: adamw).
+        // Read and written in place over PCIe it takes a fifth of the time that prefetching there and back does
+        // (bench/results/2026-11-24-h100-kernels.csv: adamw).
         let wanted = if self.optimizer_on_host { Placement::Pinned } else { Placement::Device };
         Optimizer::new(self, of, wanted)
     }
