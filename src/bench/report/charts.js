@@ -174,6 +174,15 @@ const curveOp = select(byId("curve-controls"), "Op", drawCurves);
 const curveModel = select(byId("curve-controls"), "Model", drawCurves);
 const curveGroup = select(byId("curve-controls"), "Shape", drawCurves);
 curveOp.offer(unique(curved.map((r) => r.op)).sort(byName));
+curveModel.offer(unique(curved.map((r) => r.model)).sort(byName));
+// At first the curves with the most rows: those with the most to compare.
+const sizes = new Map();
+for (const r of curved) sizes.set(keyOf(r), (sizes.get(keyOf(r)) || 0) + 1);
+const widest = curved.reduce((best, r) => (!best || sizes.get(keyOf(r)) > sizes.get(keyOf(best)) ? r : best), null);
+if (widest) {
+  curveOp.value = widest.op;
+  curveModel.value = widest.model;
+}
 
 function drawCurves() {
   const parent = byId("curve");

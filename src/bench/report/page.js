@@ -57,6 +57,7 @@ function select(parent, label, change) {
   parent.append(el("label", {}, label, box));
   return {
     get value() { return box.value; },
+    set value(choice) { box.value = choice; },
     /** Offers these; keeps the choice if it is among them. `any` is offered first as "". */
     offer(values, any) {
       const before = box.value;

@@ -6,6 +6,7 @@ use clap::Args;
 #[cfg(feature = "cuda")]
 use halfbyte::backend::cuda::Cuda;
 use halfbyte::bench::compare;
+#[cfg(feature = "cuda")]
 use halfbyte::bench::kernels::case::Case;
 use halfbyte::bench::kernels::models::{MODELS, TOKENS};
 use halfbyte::bench::kernels::ops::{self, Op};
