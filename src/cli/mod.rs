@@ -55,7 +55,7 @@ enum Command {
     Merge(merge::MergeArgs),
     /// Show what a directory holds: settings, tensors, dtypes, bits a weight, bytes
     Inspect(inspect::InspectArgs),
-    /// Time training on this machine
+    /// Time kernels, training and generation on this machine
     Bench(bench::BenchArgs),
     /// Show what a training run would take: every byte, what each layer keeps, the time of a step. Needs no GPU
     Plan(plan::PlanArgs),
