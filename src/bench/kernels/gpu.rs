@@ -220,7 +220,6 @@ impl<'a> Gpu<'a> {
         shift -= shift % 256;
         let _elsewhere = self.cuda.zeros::<u8>(shift)?;
         self.cuda.use_kernels(way.kernels);
-        // The second set is for the clock alone: the first is still what the oracle knows.
         let mut sets = vec![self.set(case, inputs, way)?];
         (way.launch)(self.cuda, &mut sets[0])?;
         if let Some(difference) = self.compare(case, answers, &sets[0])? {
