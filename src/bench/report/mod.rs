@@ -2,7 +2,7 @@
 //!
 //! The page needs nothing but itself. What is small (environment, steps, decoding, loading) is written here as HTML and
 //! can be read without a script; the kernels' rows travel as JSON, of which `page.js` draws the charts and the table.
-//! Every string of a CSV is untrusted: the template escapes it, [`data::embed`] does for JSON.
+//! Every string of a CSV is untrusted: the template escapes it, `data::embed` does for JSON.
 
 mod data;
 mod environment;
