@@ -82,7 +82,7 @@ fn refusal() -> Outcome {
     };
     case.ways.push(Way { name: "wrong", launch: Arc::new(wrong), ..right });
     let mut gpu = Gpu::unmeasured(&mut cuda, &Model::needs(&[TOY], 64))?;
-    let outcomes = gpu.race(&[case], &|_, _| true, &mut || {})?;
+    let outcomes = gpu.race(&[case], &|_| true, &mut || {})?;
     let [first, second] = &outcomes[..] else { return Err(format!("{} outcomes", outcomes.len()).into()) };
     let place = second.refused.as_ref().map(|d| d.place.as_str());
     if place != Some("y[3, 7]") || first.refused.is_some() {

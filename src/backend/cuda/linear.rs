@@ -69,8 +69,7 @@ const OWN_FROM: usize = 256;
 impl Cuda {
     /// The same GPU, but every linear runs this way; None: as the table says.
     pub fn with_linear(mut self, kind: Option<LinearKind>) -> Self {
-        self.linear = kind;
-        self.graphs.forget();
+        self.use_linear(kind);
         self
     }
 

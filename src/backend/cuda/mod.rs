@@ -179,17 +179,16 @@ impl Cuda {
 
     /// The same GPU with these kernels instead of its best; [`Kernels::Sm90`] gives the best.
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
+        self.use_kernels(kernels);
+        self
+    }
+
+    /// [`Cuda::with_kernels`] in place.
+    pub fn use_kernels(&mut self, kernels: Kernels) {
         self.kernels = match kernels {
             Kernels::Sm80 => Kernels::Sm80,
             Kernels::Sm90 => Kernels::best(self.device.compute_capability),
         };
-        self
-    }
-
-    /// [`Cuda::with_kernels`] in place; None gives the best.
-    pub fn use_kernels(&mut self, kernels: Option<Kernels>) {
-        let best = Kernels::best(self.device.compute_capability);
-        self.kernels = if kernels == Some(Kernels::Sm80) { Kernels::Sm80 } else { best };
         self.graphs.forget();
     }
 

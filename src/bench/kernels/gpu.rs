@@ -8,12 +8,13 @@ use std::collections::BTreeMap;
 
 use super::case::{Case, Way};
 use super::check::{Answers, Difference};
+use super::models::Model;
 use super::outcome::{Ceilings, Outcome, Times, row};
 use super::set::{Dev, Set};
 use super::values::Inputs;
 use crate::backend::Needs;
-use crate::backend::cuda::Cuda;
 use crate::backend::cuda::memory::Buffer;
+use crate::backend::cuda::{Cuda, Kernels};
 use crate::bench::environment::environment;
 use crate::error::{Error, Result};
 
@@ -37,18 +38,23 @@ const SHIFT: usize = (1 << 30) + (3 << 20);
 pub struct Gpu<'a> {
     pub cuda: &'a mut Cuda,
     pub ceilings: Ceilings,
+    /// What runs where a way does not name others: the card's best, or what `HALFBYTE_KERNELS` asks for.
+    kernels: Kernels,
     flush: Buffer<f32>,
     flushed: (Buffer<f32>, Buffer<f64>),
 }
 
 impl<'a> Gpu<'a> {
-    /// Measures the ceilings and takes most of the free memory. `needs`: of the linears that will run.
-    pub fn new(cuda: &'a mut Cuda, needs: &Needs) -> Result<Self> {
+    /// Measures the ceilings and takes most of the free memory. `cases`: those that will run.
+    pub fn new<'c>(cuda: &'a mut Cuda, cases: impl Iterator<Item = &'c Case> + Clone) -> Result<Self> {
+        let mut models: Vec<Model> = cases.clone().filter_map(|case| Model::named(case.model)).collect();
+        models.dedup();
+        let needs = Model::needs(&models, cases.filter_map(|case| case.tokens).max().unwrap_or(1));
         let ceilings = Ceilings { copy: cuda.copy_rate()?, product: cuda.product_rate()? };
-        Self::ready(cuda, needs, ceilings)
+        Self::ready(cuda, &needs, ceilings)
     }
 
-    /// The same without timing anything: for checks alone.
+    /// The same without timing anything: for checks alone. `needs`: of the linears that will run.
     pub fn unmeasured(cuda: &'a mut Cuda, needs: &Needs) -> Result<Self> {
         Self::ready(cuda, needs, Ceilings { copy: f64::INFINITY, product: f64::INFINITY })
     }
@@ -64,7 +70,7 @@ impl<'a> Gpu<'a> {
         cuda.prepare_scratch(needs)?;
         let flush = cuda.zeros(FLUSH / 4)?;
         let flushed = (cuda.zeros(1)?, cuda.zeros(crate::backend::cuda::ops::grad_norm::GRAD_NORM_PARTIALS)?);
-        Ok(Self { cuda, ceilings, flush, flushed })
+        Ok(Self { kernels: cuda.kernels(), cuda, ceilings, flush, flushed })
     }
 
     /// The cache holds nothing of what was used before, and nothing that it must write back.
@@ -82,6 +88,13 @@ impl<'a> Gpu<'a> {
     /// Bytes of the arena that are left.
     fn left(&self) -> usize {
         self.cuda.arena_use().map_or(0, |(used, all)| all - used)
+    }
+
+    /// Whether this machine can run the way, and no other runs the same: the kernels for every card are what runs anyway
+    /// where there are no others.
+    pub fn runs(&self, way: &Way) -> bool {
+        let others = self.kernels != Kernels::Sm80;
+        (self.cuda.has_cublas() || !way.needs_cublas) && (others || way.kernels.is_none())
     }
 
     /// Whether one set of this case and its way has room.
@@ -109,7 +122,7 @@ impl<'a> Gpu<'a> {
         let inputs = Inputs::new(&case.args, &case.scalars);
         let answers = Answers::of(case, &inputs);
         let mark = self.cuda.arena_mark();
-        self.cuda.use_kernels(way.kernels);
+        self.cuda.use_kernels(way.kernels.unwrap_or(self.kernels));
         let found = self.set(case, &inputs, way).and_then(|mut set| {
             (way.launch)(self.cuda, &mut set)?;
             self.compare(case, &answers, &set)
@@ -139,7 +152,7 @@ impl<'a> Gpu<'a> {
 
     /// Takes the buffers of a case back, whatever became of it.
     fn reset(&mut self, mark: Option<crate::backend::cuda::memory::ArenaMark>) -> Result<()> {
-        self.cuda.use_kernels(None);
+        self.cuda.use_kernels(self.kernels);
         self.cuda.use_linear(None);
         match mark {
             Some(mark) => self.cuda.rewind(mark),
@@ -147,13 +160,13 @@ impl<'a> Gpu<'a> {
         }
     }
 
-    /// Checks and times these ways of these cases. `done` is told after each round of a way. All cases go through a round
+    /// Checks and times the ways that are wanted, of those that this machine has, of these cases. `done` is told after each round of a way. All cases go through a round
     /// before the next begins, and ways of one case take turns in being first.
     /// A way whose output is wrong is not timed. Errors: those of the driver.
     pub fn race(
         &mut self,
         cases: &[Case],
-        wanted: &dyn Fn(&Case, &Way) -> bool,
+        wanted: &dyn Fn(&Way) -> bool,
         done: &mut dyn FnMut(),
     ) -> Result<Vec<Outcome>> {
         let mut answers: BTreeMap<usize, (Inputs, Vec<Answers>)> = BTreeMap::new();
@@ -162,7 +175,8 @@ impl<'a> Gpu<'a> {
         let mut environments = BTreeMap::new();
         for round in 0..ROUNDS {
             for (c, case) in cases.iter().enumerate() {
-                let ways: Vec<usize> = (0..case.ways.len()).filter(|&w| wanted(case, &case.ways[w])).collect();
+                let ways: Vec<usize> =
+                    (0..case.ways.len()).filter(|&w| wanted(&case.ways[w]) && self.runs(&case.ways[w])).collect();
                 if ways.is_empty() {
                     continue;
                 }
@@ -194,8 +208,8 @@ impl<'a> Gpu<'a> {
         for (c, case) in cases.iter().enumerate() {
             let checked = answers.get(&c).map_or(0, |(_, answers)| answers.iter().map(Answers::len).sum());
             for (w, way) in case.ways.iter().enumerate() {
-                let times = samples.remove(&(c, w)).and_then(Times::of);
                 let refused = refused.remove(&(c, w));
+                let times = samples.remove(&(c, w)).filter(|_| refused.is_none()).and_then(Times::of);
                 if times.is_none() && refused.is_none() {
                     continue;
                 }
@@ -219,7 +233,7 @@ impl<'a> Gpu<'a> {
         let mut shift = (round * SHIFT).min(self.left().saturating_sub(3 * case.set_bytes()));
         shift -= shift % 256;
         let _elsewhere = self.cuda.zeros::<u8>(shift)?;
-        self.cuda.use_kernels(way.kernels);
+        self.cuda.use_kernels(way.kernels.unwrap_or(self.kernels));
         let mut sets = vec![self.set(case, inputs, way)?];
         (way.launch)(self.cuda, &mut sets[0])?;
         if let Some(difference) = self.compare(case, answers, &sets[0])? {

@@ -7,7 +7,9 @@ use clap::Args;
 use halfbyte::backend::cuda::Cuda;
 use halfbyte::bench::compare;
 #[cfg(feature = "cuda")]
-use halfbyte::bench::kernels::case::Case;
+use halfbyte::bench::kernels::case::{Case, Way};
+#[cfg(feature = "cuda")]
+use halfbyte::bench::kernels::gpu::Gpu;
 use halfbyte::bench::kernels::models::{MODELS, TOKENS};
 use halfbyte::bench::kernels::ops::{self, Op};
 use halfbyte::bench::kernels::outcome::{Ceilings, Outcome};
@@ -34,42 +36,42 @@ copy, or the products at the best product's, both measured in the same run. On t
 pub struct KernelsArgs {
     /// Only this op (repeatable)
     #[arg(long = "op", value_name = "NAME")]
-    pub ops: Vec<String>,
+    ops: Vec<String>,
 
     /// Only the shapes of this model: 1b, 7b, 13b, 135m or toy (repeatable)
     #[arg(long = "model", value_name = "NAME")]
-    pub models: Vec<String>,
+    models: Vec<String>,
 
     /// Only this number of tokens (repeatable)
     #[arg(long = "tokens", value_name = "T", value_parser = at_least_one)]
-    pub tokens: Vec<usize>,
+    tokens: Vec<usize>,
 
     /// Only shapes whose name contains this (repeatable)
     #[arg(long = "shape", value_name = "PART")]
-    pub shapes: Vec<String>,
+    shapes: Vec<String>,
 
     /// Only this implementation: own, sm80, cublas, fused, slice, slice_cublas, matvec (repeatable)
     #[arg(long = "implementation", value_name = "NAME")]
-    pub implementations: Vec<String>,
+    implementations: Vec<String>,
 
     /// List the ops, and how many rows each has
     #[arg(long)]
-    pub list: bool,
+    list: bool,
 
     /// Append the rows to this file
     #[arg(long, value_name = "FILE")]
-    pub csv: Option<PathBuf>,
+    csv: Option<PathBuf>,
 
     /// Print a JSON array of the rows instead of a table; with --compare, an object of the rows and what moved
     #[arg(long)]
-    pub json: bool,
+    json: bool,
 
     /// Print how each row differs from the same row of this earlier CSV, and mark what moved by more than the spread
     #[arg(long, value_name = "OLD.csv")]
-    pub compare: Option<PathBuf>,
+    compare: Option<PathBuf>,
 
     #[command(flatten)]
-    pub device: DeviceArgs,
+    device: DeviceArgs,
 }
 
 impl KernelsArgs {
@@ -89,7 +91,9 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
         return list();
     }
     let filter = args.filter();
-    filter.cases(true)?;
+    let picked = args.device.backend()?;
+    // The models' shapes are too large for a CPU: it has one of its own.
+    let groups = filter.cases(matches!(picked, Picked::Cpu(_)))?;
     if let Some(path) = &args.csv {
         results::can_append::<KernelRow>(path)?;
     }
@@ -97,15 +101,15 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
         results::read_rows::<KernelRow>(path)?;
     }
     let mut table = Table::new(args);
-    match args.device.backend()? {
+    match picked {
         #[cfg(feature = "cuda")]
-        Picked::Cuda(mut cuda) => gpu(&mut cuda, &filter, &mut table)?,
+        Picked::Cuda(mut cuda) => gpu(&mut cuda, groups, &filter, &mut table)?,
         Picked::Cpu(_) => {
             note(format_args!("no GPU is used: the CPU backend races, in f32; rows say nothing of any GPU"));
             let mut race = cpu::Race::new(args.device.threads);
             known(&filter, &race.names())?;
             table.ceilings(race.ceilings())?;
-            for (op, cases) in filter.cases(true)? {
+            for (op, cases) in groups {
                 let mut outcomes = vec![];
                 let mut bar = Progress::new(op.name, Unit::Count("shapes"));
                 for (i, case) in cases.iter().enumerate() {
@@ -129,22 +133,13 @@ fn known(filter: &Filter, names: &[String]) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
-fn gpu(cuda: &mut Cuda, filter: &Filter, table: &mut Table) -> Result<()> {
-    use halfbyte::bench::kernels::gpu::Gpu;
-    use halfbyte::bench::kernels::models::Model;
-
-    let groups = filter.cases(false)?;
+fn gpu(cuda: &mut Cuda, groups: Vec<(Op, Vec<Case>)>, filter: &Filter, table: &mut Table) -> Result<()> {
     let mut names: Vec<String> =
         groups.iter().flat_map(|(_, cases)| cases).flat_map(|c| &c.ways).map(|w| w.name.to_string()).collect();
     names.sort();
     names.dedup();
     known(filter, &names)?;
-    let cublas = cuda.has_cublas();
-    let hopper = cuda.kernels() != halfbyte::backend::cuda::Kernels::Sm80;
-    let mut models: Vec<Model> = groups.iter().flat_map(|(_, c)| c).filter_map(|c| Model::named(c.model)).collect();
-    models.dedup();
-    let tokens = groups.iter().flat_map(|(_, cases)| cases).filter_map(|c| c.tokens).max().unwrap_or(1);
-    let mut gpu = Gpu::new(cuda, &Model::needs(&models, tokens))?;
+    let mut gpu = Gpu::new(cuda, groups.iter().flat_map(|(_, cases)| cases))?;
     table.ceilings(gpu.ceilings)?;
     for (op, cases) in groups {
         let (cases, large): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|case| gpu.fits(case));
@@ -154,14 +149,11 @@ fn gpu(cuda: &mut Cuda, filter: &Filter, table: &mut Table) -> Result<()> {
                 op.name, case.model, case.shape
             ));
         }
-        let wanted = |_: &Case, way: &halfbyte::bench::kernels::case::Way| {
-            // The kernels for every card run anyway where there are no others.
-            filter.takes(way.name) && (cublas || !way.needs_cublas) && (hopper || way.kernels.is_none())
-        };
-        let all = gpu.rounds() * cases.iter().map(|c| c.ways.iter().filter(|w| wanted(c, w)).count()).sum::<usize>();
+        let runs = |gpu: &Gpu, way: &Way| filter.takes(way.name) && gpu.runs(way);
+        let all = gpu.rounds() * cases.iter().flat_map(|case| &case.ways).filter(|way| runs(&gpu, way)).count();
         let mut bar = Progress::new(op.name, Unit::Count("rounds"));
         let mut done = 0;
-        let outcomes = gpu.race(&cases, &wanted, &mut || {
+        let outcomes = gpu.race(&cases, &|way| filter.takes(way.name), &mut || {
             done += 1;
             bar.set(done, all as u64);
         })?;
@@ -187,7 +179,7 @@ fn shapes(op: &Op, model: &halfbyte::bench::kernels::models::Model) -> usize {
 }
 
 /// Prints rows as they come, and keeps them.
-pub struct Table<'a> {
+struct Table<'a> {
     out: Out,
     csv: Option<&'a Path>,
     json: bool,
@@ -197,12 +189,12 @@ pub struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    pub fn new(args: &'a KernelsArgs) -> Self {
+    fn new(args: &'a KernelsArgs) -> Self {
         let (csv, json) = (args.csv.as_deref(), args.json);
         Self { out: Out::new(), csv, json, rows: vec![], refused: vec![], op: String::new() }
     }
 
-    pub fn ceilings(&mut self, ceilings: Ceilings) -> Result<()> {
+    fn ceilings(&mut self, ceilings: Ceilings) -> Result<()> {
         if self.json {
             return Ok(());
         }
@@ -212,7 +204,7 @@ impl<'a> Table<'a> {
     }
 
     /// Rows are kept as they come: an interrupted run loses nothing.
-    pub fn add(&mut self, outcomes: Vec<Outcome>) -> Result<()> {
+    fn add(&mut self, outcomes: Vec<Outcome>) -> Result<()> {
         let mut rows = vec![];
         for Outcome { row, refused } in outcomes {
             if !self.json && self.op != row.op {
@@ -271,7 +263,7 @@ impl<'a> Table<'a> {
     }
 
     /// [`Error::Cuda`] if a row was refused: the kernel is wrong.
-    pub fn finish(mut self, old: Option<&Path>) -> Result<()> {
+    fn finish(mut self, old: Option<&Path>) -> Result<()> {
         if !self.json {
             put!(self.out, "\n{} rows, every one checked against the host", self.rows.len())?;
         }

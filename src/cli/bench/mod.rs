@@ -2,7 +2,7 @@
 
 mod compare;
 mod decode;
-pub mod kernels;
+mod kernels;
 mod load;
 mod op;
 mod report;

@@ -120,8 +120,8 @@ fn race(op: &Op, args: &OpArgs) -> Result<()> {
 mod gpu {
     use std::process::{Child, Command, Stdio};
 
+    use halfbyte::backend::cuda::Cuda;
     use halfbyte::backend::cuda::device::Driver;
-    use halfbyte::backend::cuda::{Cuda, Kernels};
     use halfbyte::bench::candidate::Source;
     use halfbyte::bench::candidate::program::{Program, Statistics};
     use halfbyte::bench::candidate::verdict::{Finish, ranking, verdict};
@@ -150,15 +150,12 @@ mod gpu {
 
     /// Checks and times the ways of a case that this machine has.
     fn outcomes(gpu: &mut Gpu, case: &Case, ways: Vec<Way>) -> Result<Vec<Outcome>> {
-        let cublas = gpu.cuda.has_cublas();
-        let hopper = gpu.cuda.kernels() != Kernels::Sm80;
-        let wanted = |_: &Case, way: &Way| (cublas || !way.needs_cublas) && (hopper || way.kernels.is_none());
         let case = Case { ways, ..case.clone() };
         if !gpu.fits(&case) {
             let why = format!("{} of {} does not fit in its free memory", case.shape, case.model);
             return Err(Error::Unavailable { what: "the race".into(), why });
         }
-        let all = gpu.race(&[case], &wanted, &mut || {})?;
+        let all = gpu.race(&[case], &|_| true, &mut || {})?;
         Ok(all.into_iter().map(Outcome::from).collect())
     }
 
@@ -190,9 +187,7 @@ mod gpu {
         }
         let mut report = Report { args, out: Out::new(), rows: vec![], json: vec![], wrong: None };
         let card = cuda.device().name.clone();
-        let models: Vec<Model> = cases.iter().filter_map(|case| Model::named(case.model)).collect();
-        let tokens = cases.iter().filter_map(|case| case.tokens).max().unwrap_or(1);
-        let mut gpu = Gpu::new(&mut cuda, &Model::needs(&models, tokens))?;
+        let mut gpu = Gpu::new(&mut cuda, cases.iter())?;
         for case in &cases {
             let mut ways = case.ways.clone();
             let mut statistics = vec![];
