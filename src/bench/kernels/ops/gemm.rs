@@ -5,10 +5,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Op;
+use super::sums::Terms;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::gemm::{Gemm, Out, Pair, gemm};
 use crate::bench::kernels::case::Element::Bf16;
-use crate::bench::kernels::case::{Arg, Case, Element, Expected, Fill, Scalar};
+use crate::bench::kernels::case::{Arg, Case, Fill, Scalar};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::{Launch, Way};
 use crate::bench::kernels::models::{Model, R};
@@ -105,40 +106,17 @@ macro_rules! backward_tiles {
 }
 pub(super) use {backward_tiles, forward_tiles};
 
-/// A sum of products.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Sum {
-    pub value: f64,
-    /// Sum of the terms' absolute values.
-    pub magnitude: f64,
-    /// Sum of their squares.
-    pub squares: f64,
-}
-
-impl Sum {
-    fn add(&mut self, term: f64) {
-        self.value += term;
-        self.magnitude += term.abs();
-        self.squares += term * term;
-    }
-
-    /// Of exact operands, summed in f32.
-    pub fn expected(self, element: Element) -> Expected {
-        Expected::rounded(self.value, element, self.magnitude)
-    }
-}
-
 /// Elements `span`, of one row, of a (T, K) · W (N, K)ᵀ. `weight`: some columns of a row of W.
 pub(super) fn forward_sums(
     span: Range<usize>,
     (n, k): (usize, usize),
     a: &Column,
     weight: impl Fn(usize, Range<usize>) -> Vec<f64>,
-) -> Vec<Sum> {
+) -> Vec<Terms> {
     let row = span.start / n * k;
     let row: Vec<f64> = (row..row + k).map(|i| a.at(i)).collect();
     let element = |at: usize| {
-        let mut sum = Sum::default();
+        let mut sum = Terms::default();
         row.iter().zip(weight(at % n, 0..k)).for_each(|(a, w)| sum.add(a * w));
         sum
     };
@@ -151,9 +129,9 @@ pub(super) fn backward_sums(
     (n, k): (usize, usize),
     a: &Column,
     weight: impl Fn(usize, Range<usize>) -> Vec<f64>,
-) -> Vec<Sum> {
+) -> Vec<Terms> {
     let (row, first) = (span.start / k, span.start % k);
-    let mut sums = vec![Sum::default(); span.len()];
+    let mut sums = vec![Terms::default(); span.len()];
     for i in 0..n {
         let a = a.at(row * n + i);
         sums.iter_mut().zip(weight(i, first..first + span.len())).for_each(|(sum, w)| sum.add(a * w));
@@ -163,7 +141,7 @@ pub(super) fn backward_sums(
 
 /// Adds LoRA's columns: `sums` are the elements `span` of rows of `width`, h is (T, R), `b(column, j)` the other factor.
 pub(super) fn add_pair(
-    sums: &mut [Sum],
+    sums: &mut [Terms],
     span: Range<usize>,
     width: usize,
     h: &Column,

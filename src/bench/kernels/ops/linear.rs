@@ -8,14 +8,16 @@ use half::bf16;
 use super::Op;
 #[cfg(feature = "cuda")]
 use super::linear_cuda::{backward_ways, forward_ways};
+use super::lora::{Part, part_of, parts};
+use super::nf4::{Decoder, weight_args, weight_bytes};
+use super::sums::Terms;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Linear, LinearBackward, LinearForward, Lora, Projection};
-use crate::bench::kernels::case::Element::{Bf16, F32, U8};
+use crate::bench::kernels::case::Element::{Bf16, F32};
 use crate::bench::kernels::case::{Arg, Case, CpuLaunch, Expected, Fill, HostBuffer, Scalar};
 use crate::bench::kernels::models::{Model, R};
 use crate::bench::kernels::values::Inputs;
 use crate::error::{Error, Result};
-use crate::nf4::codebook::{DYNAMIC, NF4};
 use crate::nf4::{Absmax, BLOCK, NESTED_BLOCK, QuantType, Quantized};
 use crate::tensor::{Dtype, HostMatrix};
 
@@ -36,68 +38,14 @@ pub const OPS: &[Op] = &[
     },
 ];
 
-/// Projections side by side: width, first column of y, first column of h, offsets of A and B in the flat vector.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Part {
-    pub n: usize,
-    pub y: usize,
-    pub h: usize,
-    pub a: usize,
-    pub b: usize,
-}
-
-/// The parts, their N together, and the length of the flat vector.
-pub(super) fn parts(widths: &[usize], k: usize) -> (Vec<Part>, usize, usize) {
-    let (mut parts, mut y, mut at) = (vec![], 0, 0);
-    for (i, &n) in widths.iter().enumerate() {
-        parts.push(Part { n, y, h: i * R, a: at, b: at + R * k });
-        y += n;
-        at += R * (k + n);
-    }
-    (parts, y, at)
-}
-
 /// dy repeats after so many rows, a prime: no tile does.
 const ROWS: usize = 61;
 
-/// Bytes of a weight (N, K) with its constants.
-fn packed_bytes(n: usize, k: usize) -> usize {
-    n * k / 2 + n * k / BLOCK + 4 * (n * k).div_ceil(BLOCK * NESTED_BLOCK)
-}
-
-/// The weight of all parts below each other, and the adapter. LoRA's scale is 1.
-fn weights(n: usize, k: usize, p: usize) -> Vec<Arg> {
-    let blocks = n * k / BLOCK;
-    vec![
-        Arg::input("lora", Bf16, &dims!(P = p), Fill::Random(0.02)),
-        Arg::input("packed", U8, &dims!(bytes = n * k / 2), Fill::Bytes),
-        Arg::input("codes", U8, &dims!(blocks = blocks), Fill::Bytes),
-        Arg::input("nested_absmax", F32, &dims!(nested = blocks.div_ceil(NESTED_BLOCK)), Fill::Const(0.01)),
-        Arg::input("offset", F32, &dims!(one = 1), Fill::Const(0.03)),
-    ]
-}
-
-/// Element `at` of the flattened weight, as it is dequantised to bf16.
-fn weight(i: &Weight, at: usize) -> f64 {
-    let byte = i.packed.at(at / 2) as usize;
-    let code = if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
-    // A rounded product and a rounded sum, in f32.
-    let absmax = DYNAMIC[i.codes.at(at / BLOCK) as usize] * i.nested + i.offset;
-    f64::from(bf16::from_f32(NF4[code] * absmax).to_f32())
-}
-
-struct Weight<'a> {
-    packed: &'a super::super::values::Column,
-    codes: &'a super::super::values::Column,
-    nested: f32,
-    offset: f32,
-}
-
-impl<'a> Weight<'a> {
-    fn of(i: &'a Inputs) -> Self {
-        let (nested, offset) = (i.of("nested_absmax").at(0) as f32, i.of("offset").at(0) as f32);
-        Self { packed: i.of("packed"), codes: i.of("codes"), nested, offset }
-    }
+/// The adapter, and the weight of all parts below each other. LoRA's scale is 1.
+fn weights(n: usize, k: usize, p: usize) -> impl Iterator<Item = Arg> {
+    let lora = Arg::input("lora", Bf16, &dims!(P = p), Fill::Random(0.02));
+    // No candidate races here: the code book stays away.
+    [lora].into_iter().chain(weight_args((n, k)).into_iter().take(4))
 }
 
 fn round(value: f64) -> f64 {
@@ -115,7 +63,7 @@ fn forward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize)
     args.extend(weights(n, k, p));
     let all = parts.clone();
     let oracle = move |i: &Inputs, output: &str, span: Range<usize>| {
-        let (x, lora, w) = (i.of("x"), i.of("lora"), Weight::of(i));
+        let (x, lora, w) = (i.of("x"), i.of("lora"), Decoder::new(i));
         let width = if output == "h" { r } else { n };
         let row = span.start / width;
         // Value and sum of absolute terms of h at a column.
@@ -130,9 +78,10 @@ fn forward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize)
         let mut hs = vec![None; r];
         let element = |column: usize| {
             let part = all.iter().rfind(|part| part.y <= column).copied().unwrap_or(all[0]);
-            let products = (0..k).map(|j| x.at(row * k + j) * weight(&w, column * k + j));
+            let weights = w.rounded(column * k..(column + 1) * k).into_iter();
+            let products: Terms = weights.enumerate().map(|(j, w)| x.at(row * k + j) * w).collect();
             // The matrix-vector kernel does not round the weights.
-            let (mut value, mut magnitude, mut error) = sum(products, 1.0 / 512.0);
+            let (mut value, mut magnitude, mut error) = (products.sum, products.magnitude, products.error(0.5));
             for j in 0..R {
                 let (h, _) = *hs[part.h + j].get_or_insert_with(|| h(part.h + j));
                 let term = round(h) * lora.at(part.b + (column - part.y) * R + j);
@@ -152,7 +101,7 @@ fn forward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize)
         tokens: Some(t),
         args,
         scalars: sizes(t, k, n),
-        bytes: (2 * t * (k + n) + packed_bytes(n, k) + 2 * p) as f64,
+        bytes: (2 * t * (k + n) + weight_bytes((n, k)) + 2 * p) as f64,
         flops: 2.0 * (t * n) as f64 * k as f64 + lora_flops,
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
@@ -180,7 +129,7 @@ fn backward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize
     args.extend(weights(n, k, p));
     let all = parts.clone();
     let oracle = move |i: &Inputs, output: &str, span: Range<usize>| {
-        let (dy, x, h, lora, w) = (i.of("dy"), i.of("x"), i.of("h"), i.of("lora"), Weight::of(i));
+        let (dy, x, h, lora, w) = (i.of("dy"), i.of("x"), i.of("h"), i.of("lora"), Decoder::new(i));
         let dh = |row: usize, column: usize| {
             let part = &all[column / R];
             let terms = (0..part.n).map(|j| dy.at(row * n + part.y + j) * lora.at(part.b + j * R + column % R));
@@ -191,22 +140,25 @@ fn backward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize
             "d_lora" => {
                 // dh repeats with dy.
                 let mut rows: Vec<Option<Vec<f64>>> = vec![None; r];
-                let of_a = |at: usize, rows: &mut Vec<Option<Vec<f64>>>, part: &Part| {
+                let mut of_a = |at: usize, part: Part| {
                     let (column, j) = (part.h + (at - part.a) / k, (at - part.a) % k);
                     let dh = rows[column]
                         .get_or_insert_with(|| (0..ROWS.min(t)).map(|row| round(dh(row, column).0)).collect());
-                    sum((0..t).map(|row| dh[row % ROWS] * x.at(row * k + j)), 1.0 / 128.0)
+                    let terms: Terms = (0..t).map(|row| dh[row % ROWS] * x.at(row * k + j)).collect();
+                    // dh may be rounded the other way.
+                    (terms, terms.error(2.0))
                 };
-                let of_b = |at: usize, part: &Part| {
+                let of_b = |at: usize, part: Part| {
                     let (j, column) = ((at - part.b) / R, part.h + (at - part.b) % R);
-                    sum((0..t).map(|row| dy.at(row * n + part.y + j) * h.at(row * r + column)), 0.0)
+                    let terms: Terms = (0..t).map(|row| dy.at(row * n + part.y + j) * h.at(row * r + column)).collect();
+                    (terms, 0.0)
                 };
                 let before = i.of("d_lora");
                 span.map(|at| {
-                    let part = all.iter().rfind(|part| part.a <= at).unwrap_or(&all[0]);
-                    let (value, magnitude, error) =
-                        if at < part.b { of_a(at, &mut rows, part) } else { of_b(at, part) };
-                    Expected::rounded(before.at(at) + value, F32, magnitude + before.at(at).abs()).with_error(error)
+                    let part = part_of(&all, at);
+                    let (mut terms, error) = if at < part.b { of_a(at, part) } else { of_b(at, part) };
+                    terms.add(before.at(at));
+                    terms.expected(F32).with_error(error)
                 })
                 .collect()
             }
@@ -216,11 +168,12 @@ fn backward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize
                 let element = |j: usize| {
                     let (mut value, mut magnitude, mut error) = (0.0, 0.0, 0.0);
                     for part in &all {
-                        let products = (part.y..part.y + part.n)
-                            .map(|column| dy.at(row * n + column) * weight(&w, column * k + j));
+                        let weight = |column: usize| w.rounded(column * k + j..column * k + j + 1)[0];
+                        let products: Terms =
+                            (part.y..part.y + part.n).map(|column| dy.at(row * n + column) * weight(column)).collect();
                         // Not every way rounds the weights.
-                        let (mut own, terms, inexact) = sum(products, 1.0 / 512.0);
-                        (magnitude, error) = (magnitude + terms, error + inexact);
+                        let mut own = products.sum;
+                        (magnitude, error) = (magnitude + products.magnitude, error + products.error(0.5));
                         // dh may be rounded the other way.
                         for a in 0..R {
                             let term = dhs[part.h + a] * lora.at(part.a + a * k + j);
@@ -244,7 +197,7 @@ fn backward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize
         tokens: Some(t),
         args,
         scalars: sizes(t, k, n),
-        bytes: (2 * t * (2 * k + n + 2 * r) + packed_bytes(n, k) + 2 * p + 8 * p) as f64,
+        bytes: (2 * t * (2 * k + n + 2 * r) + weight_bytes((n, k)) + 2 * p + 8 * p) as f64,
         flops: 2.0 * (t * n) as f64 * k as f64 + lora_flops,
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
@@ -311,11 +264,4 @@ fn cpu_backward(t: usize, k: usize, n: usize, parts: &[Part]) -> CpuLaunch {
         let dx = Some(dx);
         cpu.linear_backward(LinearBackward { dx, d_lora, dh, dy, x, h, w, lora, t, dropout: None })
     })
-}
-
-/// A sum, that of the absolute terms, and what `relative` errors of the terms, independent of each other, may come to.
-fn sum(terms: impl Iterator<Item = f64>, relative: f64) -> (f64, f64, f64) {
-    let (sum, all, squares) =
-        terms.fold((0.0, 0.0, 0.0), |(sum, all, squares), v| (sum + v, all + v.abs(), squares + v * v));
-    (sum, all, 4.0 * relative * squares.sqrt())
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::linear::Part;
+use super::lora::Part;
 use crate::backend::cuda::matrix::{Absmax, Data, Matrix};
 use crate::backend::cuda::{Cuda, LinearKind};
 use crate::backend::{Backend, Linear, LinearBackward, LinearForward, Lora, Projection};

@@ -53,15 +53,31 @@ pub const OPS: &[Op] = &[
 
 /// One projection: offsets of A (R, k) and B (n, R) in the flat vector, its columns in y and its first one in h.
 #[derive(Clone, Copy)]
-struct Part {
-    a: usize,
-    b: usize,
-    y: usize,
-    n: usize,
-    h: usize,
+pub(super) struct Part {
+    pub a: usize,
+    pub b: usize,
+    pub y: usize,
+    pub n: usize,
+    pub h: usize,
 }
 
-/// Projections that read one x. In the flat vector lie A and B of the first, then of the next.
+/// Projections of these widths that read one x (T, k), their N together, and the length of the flat vector, in which A and
+/// B of the first lie ahead of those of the next.
+pub(super) fn parts(widths: &[usize], k: usize) -> (Vec<Part>, usize, usize) {
+    let (mut p, mut y, mut parts) = (0, 0, vec![]);
+    for &n in widths {
+        parts.push(Part { a: p, b: p + R * k, y, n, h: parts.len() * R });
+        (p, y) = (p + R * (k + n), y + n);
+    }
+    (parts, y, p)
+}
+
+/// The part that holds this element of the flat vector.
+pub(super) fn part_of(parts: &[Part], at: usize) -> Part {
+    parts[parts.partition_point(|part| part.a <= at) - 1]
+}
+
+/// The same with all sizes.
 #[derive(Clone)]
 struct Group {
     model: &'static str,
@@ -77,22 +93,13 @@ struct Group {
 
 fn groups(m: &Model, case: fn(Group) -> Case, t: usize) -> Vec<Case> {
     let group = |(name, widths, k): (&'static str, Vec<usize>, usize)| {
-        let (mut p, mut y, mut parts) = (0, 0, vec![]);
-        for n in widths {
-            parts.push(Part { a: p, b: p + R * k, y, n, h: parts.len() * R });
-            (p, y) = (p + R * (k + n), y + n);
-        }
-        Group { model: m.name, name, r: parts.len() * R, parts, t, k, n: y, p }
+        let (parts, n, p) = parts(&widths, k);
+        Group { model: m.name, name, r: parts.len() * R, parts, t, k, n, p }
     };
     m.linears().into_iter().map(|linear| case(group(linear))).collect()
 }
 
 impl Group {
-    /// The part that holds this element of the flat vector.
-    fn part_of(&self, at: usize) -> Part {
-        self.parts[self.parts.partition_point(|part| part.a <= at) - 1]
-    }
-
     fn lora(&self) -> Arg {
         Arg::input("lora", Bf16, &dims!(P = self.p), Fill::Random(0.02))
     }
@@ -221,7 +228,7 @@ fn backward(group: Group) -> Case {
         // The column of dh that the elements of a row of dA share.
         let (mut column_of, mut column) = (None, vec![]);
         let mut element = |at: usize| {
-            let (part, old) = (of.part_of(at), d_lora.at(at));
+            let (part, old) = (part_of(&of.parts, at), d_lora.at(at));
             let (mut terms, mut size, mut roundings) = (Terms::default(), old.abs(), 0.0);
             if at < part.b {
                 let (j, w) = ((at - part.a) / k, (at - part.a) % k);

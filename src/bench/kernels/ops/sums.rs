@@ -1,5 +1,6 @@
 //! What the oracles of sums over many rows share.
 
+use crate::bench::kernels::case::{Element, Expected};
 use crate::bench::kernels::values::Column;
 
 /// Elements `start .. start + n` of an argument.
@@ -14,13 +15,14 @@ pub fn dot(a: &[f64], b: &[f64]) -> (f64, f64) {
     a.iter().zip(b).map(|(a, b)| a * b).fold((0.0, 0.0), |(sum, all), term| (sum + term, all + term.abs()))
 }
 
-/// A sum of terms that each hold a factor which was rounded to bf16 on the way.
+/// A sum of terms, and how large they are.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Terms {
     pub sum: f64,
     /// Of the absolute values.
     pub magnitude: f64,
-    squares: f64,
+    /// Of the squares.
+    pub squares: f64,
 }
 
 impl Terms {
@@ -28,6 +30,11 @@ impl Terms {
         self.sum += term;
         self.magnitude += term.abs();
         self.squares += term * term;
+    }
+
+    /// Of exact operands, summed in f32.
+    pub fn expected(self, element: Element) -> Expected {
+        Expected::rounded(self.sum, element, self.magnitude)
     }
 
     /// What so many roundings of each term come to. One is at most 2^-8 of the term and 0.43 of that in the mean; up or down
