@@ -13,7 +13,7 @@
 //! | [`checkpoint`] | everything that touches a file of weights | `nf4`, types of `model` and `backend` |
 //! | [`data`] | JSONL rows, chat templates, loss mask, packing | types of `backend` |
 //! | [`nf4`] | 4-bit blocks, double quantisation, the serialisation of bitsandbytes | |
-//! | [`tensor`], [`rng`], [`error`] | the ground | |
+//! | [`tensor`], [`rng`], [`names`], [`error`] | the ground | |
 //!
 //! The command line (`src/cli/`) belongs to the binary. `docs/architecture.md` tells the life of a training step.
 //!
@@ -37,6 +37,7 @@ pub mod error;
 pub mod generate;
 pub mod memory;
 pub mod model;
+pub mod names;
 pub mod nf4;
 pub mod rng;
 pub mod tensor;

@@ -86,7 +86,9 @@ class Clock:
     """Times what a GPU spends on an op, launches of the host left out.
 
     Before each sample a buffer larger than any L2 is read, which leaves nothing of the op's there and nothing to write
-    back. Then the GPU spins for as long as the host needs to enqueue the op, so that no kernel waits for its launch."""
+    back. The op is replayed as a CUDA graph between two events, so that nothing lies between its kernels. One that cannot
+    be recorded, as a backward whose forward ran before, is launched as it is, behind a spin of the GPU for as long as the
+    host needs to enqueue it: then no kernel waits for its launch, but the gaps between kernels count."""
 
     FLUSH_BYTES = 256 << 20
 
@@ -99,14 +101,17 @@ class Clock:
             properties = torch.cuda.get_device_properties(0)
             self.cycles_per_s = (getattr(properties, "clock_rate", 0) or 1_980_000) * 1e3
 
-    def seconds(self, op, samples):
-        """Of each sample, sorted."""
+    def seconds(self, op, samples, graph=False):
+        """Of each sample, sorted; `graph`: as a CUDA graph if that can be."""
         if not self.cuda:
             return sorted(self.host_seconds(op) for _ in range(samples))
         cuda = self.torch.cuda
         for _ in range(3):
             op()
         cuda.synchronize()
+        recorded = self.record(op) if graph else None
+        if recorded:
+            return sorted([self.replay(*recorded) for _ in range(samples + 2)][2:])
         enqueue = max(self.host_seconds(op) for _ in range(2))
         cuda.synchronize()
         spin = int(min(2 * enqueue + 50e-6, 20e-3) * self.cycles_per_s)
@@ -119,6 +124,26 @@ class Clock:
             end.record()
         cuda.synchronize()
         return sorted(start.elapsed_time(end) / 1e3 for start, end in events)
+
+    def record(self, op):
+        """A graph of the op between two events; None if it cannot be recorded."""
+        cuda, graph = self.torch.cuda, self.torch.cuda.CUDAGraph()
+        try:
+            start, end = (cuda.Event(enable_timing=True, external=True) for _ in range(2))
+            with cuda.graph(graph, capture_error_mode="thread_local"):
+                start.record()
+                op()
+                end.record()
+            return graph, start, end
+        except (RuntimeError, TypeError) as e:
+            print(f"not recorded: {' '.join(str(e).split())[:120]}", flush=True)
+            return None
+
+    def replay(self, graph, start, end):
+        self.torch.sum(self.flush, dim=0, out=self.sum)
+        graph.replay()
+        self.torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
 
     @staticmethod
     def host_seconds(op):

@@ -21,7 +21,7 @@ pub mod workspace;
 pub use adamw::{Moment, NewOptimizer, OptimKind, OptimizerState, ParamGroup};
 pub use batch::{Batch, HostBatch, IGNORE};
 pub use frame::{Item, Needs, Scope, StepKey, StepKind};
-pub use work::{OpTime, Work};
+pub use work::{LinearSize, OpTime, Work};
 
 use crate::error::Result;
 use crate::tensor::HostMatrix;

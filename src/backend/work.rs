@@ -1,5 +1,6 @@
-//! What an op must move and compute at least, from its sizes alone: what its time is measured against. Activations and norm
-//! weights count 2 bytes, statistics and gradients of the adapter 4; vectors of a row's width are left out.
+//! What an op must move and compute at least, from its sizes alone: the floor that its time is measured against, in a step
+//! as in the table of kernels. Every tensor that it reads or writes counts once: activations, norm weights and adapters with
+//! 2 bytes an element, statistics, indices and gradients of adapters with 4.
 
 use std::ops::AddAssign;
 use std::time::Duration;
@@ -57,50 +58,51 @@ pub struct LinearSize {
     pub weights: usize,
 }
 
-/// An op without matrix products.
-fn moves(bytes: usize) -> Work {
-    Work { bytes: bytes as f64, flops: 0.0 }
-}
-
 /// Operations of a product with m·n·k multiplications.
 fn product(m: usize, n: usize, k: usize) -> f64 {
     2.0 * m as f64 * n as f64 * k as f64
 }
 
 impl Work {
-    /// `bytes` set to zero.
-    pub fn zero(bytes: usize) -> Self {
-        moves(bytes)
+    /// An op that moves `bytes` and has no matrix product.
+    pub fn moves(bytes: usize) -> Self {
+        Self { bytes: bytes as f64, flops: 0.0 }
+    }
+
+    /// Matrix products of m·n·k multiplications in all, of operands and results of `bytes`.
+    pub fn product(bytes: usize, (m, n, k): (usize, usize, usize)) -> Self {
+        Self { bytes: bytes as f64, flops: product(m, n, k) }
     }
 
     pub fn nf4_dequantize(weights: usize, elements: usize) -> Self {
-        moves(weights + 2 * elements)
+        Self::moves(weights + 2 * elements)
     }
 
     pub fn embedding(t: usize, c: usize) -> Self {
-        moves(4 * t * c)
+        Self::moves(4 * t * c + 4 * t)
     }
 
     pub fn rmsnorm_forward(t: usize, c: usize, residual: bool) -> Self {
-        moves(if residual { 8 } else { 4 } * t * c)
+        Self::moves(if residual { 8 } else { 4 } * t * c + 4 * t + 2 * c)
     }
 
     pub fn rmsnorm_backward(t: usize, c: usize) -> Self {
-        moves(8 * t * c)
+        Self::moves(8 * t * c + 4 * t + 2 * c)
     }
 
     pub fn head_norm_forward(t: usize, heads: Heads) -> Self {
-        moves(4 * t * heads.qkv())
+        Self::moves(4 * t * heads.qkv() + 4 * t * (heads.h + heads.g) + 4 * heads.d)
     }
 
     /// The columns of v are left as they are.
     pub fn head_norm_backward(t: usize, heads: Heads) -> Self {
-        moves(6 * t * (heads.h + heads.g) * heads.d)
+        let normed = heads.h + heads.g;
+        Self::moves(6 * t * normed * heads.d + 4 * t * normed + 4 * heads.d)
     }
 
-    /// Forward or backward, in place.
+    /// Forward or backward, in place; the columns of v are left as they are.
     pub fn rope(t: usize, heads: Heads) -> Self {
-        moves(4 * t * (heads.h + heads.g) * heads.d)
+        Self::moves(4 * t * (heads.h + heads.g) * heads.d + 4 * t + 2 * heads.d)
     }
 
     /// Of sequences of these lengths. Two products of the pairs that mask and window leave.
@@ -115,19 +117,19 @@ impl Work {
         Self { bytes: (t * (4 * heads.qkv() + 4 * q + 4 * heads.h)) as f64, flops: 5.0 * pair_products(lengths, heads) }
     }
 
-    /// `t` new tokens behind `past` others.
+    /// `t` new tokens behind `past` others, whose keys and values are read; those of the new ones are written.
     pub fn attention_decode(t: usize, past: usize, heads: Heads) -> Self {
         let (keys, q, kv) = (past + t, heads.h * heads.d, heads.g * heads.d);
-        let bytes = (2 * (t * (heads.qkv() + q) + 2 * (keys + t) * kv)) as f64;
+        let bytes = (2 * (t * (heads.qkv() + q) + 2 * keys * kv)) as f64;
         Self { bytes, flops: 2.0 * product(t, keys, q) }
     }
 
     pub fn swiglu_forward(t: usize, f: usize) -> Self {
-        moves(6 * t * f)
+        Self::moves(6 * t * f)
     }
 
     pub fn swiglu_backward(t: usize, f: usize) -> Self {
-        moves(10 * t * f)
+        Self::moves(10 * t * f)
     }
 
     pub fn linear_forward(s: LinearSize) -> Self {
@@ -166,13 +168,13 @@ impl Work {
     }
 
     pub fn grad_norm(p: usize) -> Self {
-        moves(4 * p)
+        Self::moves(4 * p)
     }
 
     /// Gradients read, `state` bytes of master weights and moments read and written, the working copy written: as if all of
     /// it lay on the device.
     pub fn adamw(p: usize, state: usize) -> Self {
-        moves(4 * p + 2 * state + 2 * p)
+        Self::moves(4 * p + 2 * state + 2 * p)
     }
 }
 
@@ -195,13 +197,13 @@ mod tests {
     #[test]
     fn elementwise_ops_move_their_tensors_once() {
         let (t, c, f) = (8192, 4096, 14_336);
-        assert_eq!(Work::rmsnorm_forward(t, c, false), moves(4 * t * c));
-        assert_eq!(Work::rmsnorm_forward(t, c, true), moves(8 * t * c));
-        assert_eq!(Work::swiglu_forward(t, f), moves(6 * t * f));
-        assert_eq!(Work::rope(t, HEADS), moves(4 * t * 40 * 128));
-        assert_eq!(Work::head_norm_backward(t, HEADS).bytes, 1.5 * Work::rope(t, HEADS).bytes);
-        assert_eq!(Work::adamw(10, 120), moves(40 + 240 + 20));
-        assert_eq!(Work::zero(7), moves(7));
+        // x, y, 1/rms of a row, w.
+        assert_eq!(Work::rmsnorm_forward(t, c, false), Work::moves(2 * t * c + 2 * t * c + 4 * t + 2 * c));
+        assert_eq!(Work::rmsnorm_forward(t, c, true).bytes, Work::rmsnorm_backward(t, c).bytes);
+        assert_eq!(Work::swiglu_forward(t, f), Work::moves(6 * t * f));
+        assert_eq!(Work::rope(t, HEADS), Work::moves(4 * t * 40 * 128 + 4 * t + 4 * 64));
+        assert_eq!(Work::head_norm_backward(t, HEADS), Work::moves(6 * t * 40 * 128 + 4 * t * 40 + 2 * 2 * 128));
+        assert_eq!(Work::adamw(10, 120), Work::moves(40 + 240 + 20));
     }
 
     #[test]

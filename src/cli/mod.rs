@@ -115,20 +115,22 @@ fn code(n: i32) -> ExitCode {
     ExitCode::from(u8::try_from(n).unwrap_or(1))
 }
 
-/// The parser. A flag of two words is shown as `--two-words`; `--two_words`, as PEFT and TRL spell it, is the same.
+/// The parser.
 fn command() -> clap::Command {
-    // Of a flag given twice the last counts, so that a script can be called with one more.
-    Cli::command().mut_subcommands(|c| with_snake_case(c.args_override_self(true)))
+    with_usual_flags(Cli::command())
 }
 
-fn with_snake_case(command: clap::Command) -> clap::Command {
-    command.mut_args(|a| match a.get_long() {
+/// What holds for the flags of every command. One of two words is shown as `--two-words`; `--two_words`, as PEFT and TRL
+/// spell it, is the same. Of one given twice the last counts, so that a script can be called with one more.
+fn with_usual_flags(command: clap::Command) -> clap::Command {
+    let command = command.args_override_self(true).mut_args(|a| match a.get_long() {
         Some(long) if long.contains('-') => {
             let snake = long.replace('-', "_");
             a.alias(snake)
         }
         _ => a,
-    })
+    });
+    command.mut_subcommands(with_usual_flags)
 }
 
 #[cfg(test)]
@@ -138,6 +140,17 @@ mod tests {
     #[test]
     fn the_parser_is_consistent() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_has_its_spelling_with_underscores_and_the_last_counts() {
+        let words = ["halfbyte", "bench", "step", "--warm_up", "1", "--length", "7", "--length", "64", "--warm-up=2"];
+        let matches = command().try_get_matches_from(words).unwrap();
+        let step = matches.subcommand().and_then(|(_, bench)| bench.subcommand()).unwrap().1;
+        let last = |id: &str| step.get_raw(id).unwrap().next_back().unwrap().to_owned();
+        assert_eq!((last("warm_up"), last("length")), ("2".into(), "64".into()));
+        let train = ["halfbyte", "train", "run.toml", "--lora_alpha", "8"];
+        assert!(command().try_get_matches_from(train).is_ok());
     }
 
     #[test]

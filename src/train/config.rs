@@ -11,6 +11,7 @@ use toml::{Table, Value};
 
 use crate::error::{Error, Result};
 use crate::model::TargetModules;
+use crate::names::nearest;
 
 /// What a key holds; tells the command line how to read a flag's text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,10 +225,9 @@ pub fn find_key(name: &str) -> Option<&'static Key> {
     KEYS.iter().find(|k| k.name == name || k.aliases.contains(&name))
 }
 
-/// The known name nearest to `name` (Jaro-Winkler), if any is near.
+/// The known name nearest to `name`, if any is near.
 pub fn nearest_key(name: &str) -> Option<&'static str> {
-    let score = |k: &&'static str| strsim::jaro_winkler(name, k);
-    known_keys().max_by(|a, b| score(a).total_cmp(&score(b))).filter(|k| score(k) > 0.7)
+    nearest(name, known_keys()).first().copied()
 }
 
 impl TrainConfig {

@@ -1,19 +1,17 @@
 //! Kernels of a user's file: compiled by NVRTC, checked against the oracle, ranked. Needs NVRTC beside the GPU.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use halfbyte::backend::cuda::Cuda;
+use halfbyte::bench::candidate::Source;
 use halfbyte::bench::candidate::nvrtc::Nvrtc;
-use halfbyte::bench::candidate::program::{Program, way};
+use halfbyte::bench::candidate::program::Program;
 use halfbyte::bench::candidate::verdict::{Finish, verdict};
-use halfbyte::bench::candidate::{Source, template::template};
 use halfbyte::bench::kernels::case::{Case, Way};
-use halfbyte::bench::kernels::check::{Answers, Difference};
-use halfbyte::bench::kernels::models::Model;
+use halfbyte::bench::kernels::check::Difference;
+use halfbyte::bench::kernels::gpu::Gpu;
+use halfbyte::bench::kernels::models::{Model, TOY};
 use halfbyte::bench::kernels::ops;
-use halfbyte::bench::kernels::set::{Dev, Set};
-use halfbyte::bench::kernels::values::Inputs;
 use halfbyte::{Error, Result};
 use libtest_mimic::Trial;
 
@@ -63,59 +61,18 @@ fn source(launch: &str, body: &str) -> Source {
     Source { path: "my.cu".into(), text }
 }
 
-/// The buffers of the toy: y poisoned, x as the oracle knows it.
-fn set(cuda: &Cuda, case: &Case) -> Result<Set> {
-    let inputs = Inputs::new(&case.args, &case.scalars);
-    let x: Vec<f32> = (0..case.args[1].len()).map(|i| inputs.of("x").at(i) as f32).collect();
-    let y = cuda.upload(&vec![-3e-16f32; case.args[0].len()])?;
-    Ok(Set { args: vec![Dev::F32(y), Dev::F32(cuda.upload(&x)?)], extra: None })
-}
-
+/// The first difference of one run, if any.
 fn check(cuda: &mut Cuda, case: &Case, way: &Way) -> Result<Option<Difference>> {
-    let mut set = set(cuda, case)?;
-    if let Some(set_up) = &way.set_up {
-        set_up(cuda, &mut set)?;
-    }
-    (way.launch)(cuda, &mut set)?;
-    let mut y = vec![0.0f32; case.args[0].len()];
-    cuda.read(set.args[0].f32(), &mut y)?;
-    let inputs = Inputs::new(&case.args, &case.scalars);
-    for answers in Answers::of(case, &inputs) {
-        let found = answers.difference(case, |span| Ok::<_, Error>(y[span].iter().map(|&v| f64::from(v)).collect()))?;
-        if found.is_some() {
-            return Ok(found);
-        }
-    }
-    Ok(None)
+    Gpu::unmeasured(cuda, &Model::needs(&[TOY], 128))?.check(case, way)
 }
 
-/// Median, least and most of some launches, waiting included.
-fn times(cuda: &mut Cuda, case: &Case, way: &Way) -> Result<[f64; 3]> {
-    let mut set = set(cuda, case)?;
-    let mut samples = vec![];
-    for i in 0..12 {
-        let start = Instant::now();
-        (way.launch)(cuda, &mut set)?;
-        cuda.synchronize()?;
-        if i > 1 {
-            samples.push(start.elapsed().as_secs_f64() * 1e6);
-        }
-    }
-    samples.sort_by(f64::total_cmp);
-    Ok([samples[5], samples[0], samples[9]])
-}
-
+/// What the program tells of a race of the toy's ways and a file's.
 fn race(name: &str) -> Result<String> {
     let mut cuda = Cuda::open(0)?;
-    let case = toy().map_err(|why| Error::Cuda { op: "toy".into(), detail: why })?;
-    let mut ways = case.ways.clone();
-    ways.push(way(&cuda, &case, &file(name))?);
-    let mut finishes = vec![];
-    for way in &ways {
-        let refused = check(&mut cuda, &case, way)?;
-        let times = if refused.is_none() { Some(times(&mut cuda, &case, way)?) } else { None };
-        finishes.push(Finish { way: way.name.into(), times, refused });
-    }
+    let mut case = toy().map_err(|why| Error::Cuda { op: "toy".into(), detail: why })?;
+    case.ways.push(Program::build(&cuda, &Source::read(&file(name))?)?.way(&cuda, &case, "candidate")?);
+    let outcomes = Gpu::unmeasured(&mut cuda, &Model::needs(&[TOY], 128))?.race(&[case], &|_| true, &mut || {})?;
+    let finishes: Vec<Finish> = outcomes.iter().map(Finish::from).collect();
     let refused = finishes.iter().filter_map(|f| f.refused.as_ref().map(ToString::to_string));
     Ok(refused.chain([verdict(&finishes, "candidate")]).collect::<Vec<_>>().join("; "))
 }
@@ -216,21 +173,22 @@ fn several() -> Outcome {
 }
 
 fn statistics() -> Outcome {
-    let cuda = Cuda::open(0)?;
-    let case = toy()?;
+    let mut cuda = Cuda::open(0)?;
+    let mut case = toy()?;
     let body = "  __shared__ float part[256];
   part[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
   y[threadIdx.x] = part[255 - threadIdx.x];";
-    let program = Program::build(&cuda, &source("// launch: toy grid=t block=256 shared=2048", body))?;
-    let all = program.statistics(&cuda, &case)?;
-    let [one] = all.as_slice() else { return Err("not one launch".into()) };
-    assert_eq!((one.attributes.shared_bytes, one.launch.shared, one.attributes.local_bytes), (1024, 2048, 0), "{one}");
+    let source = source("// launch: toy grid=t block=256 shared=2048", body);
+    case.ways = vec![Program::build(&cuda, &source)?.way(&cuda, &case, "candidate")?];
+    let outcomes = Gpu::unmeasured(&mut cuda, &Model::needs(&[TOY], 128))?.race(&[case], &|_| true, &mut || {})?;
+    let [one] = &outcomes[0].launched[..] else { return Err("not one launch".into()) };
+    assert!(outcomes[0].refused.is_some(), "it computes something else");
+    assert_eq!((one.kernel.as_str(), one.grid, one.block), ("toy", [128, 1, 1], [256, 1, 1]), "{one}");
+    let bytes = (one.attributes.static_shared_bytes, one.dynamic_shared_bytes, one.attributes.local_bytes);
+    assert_eq!(bytes, (1024, 2048, 0), "{one}");
     assert!((1..=255).contains(&one.attributes.registers), "{one}");
-    assert!((1..=8).contains(&one.blocks) && one.occupancy > 0.0 && one.occupancy <= 1.0, "{one}");
-    // What the template gives compiles and loads as it is.
-    let op = ops::named("toy").ok_or("no toy")?;
-    let starter = Source { path: "toy.cu".into(), text: template(&op)? };
-    assert_eq!(Program::build(&cuda, &starter)?.statistics(&cuda, &case)?.len(), 1);
+    assert!((1..=8).contains(&one.blocks_per_multiprocessor), "{one}");
+    assert!(one.occupancy > 0.0 && one.occupancy <= 1.0, "{one}");
     Ok(())
 }

@@ -202,11 +202,11 @@ impl Backend for Cuda {
     }
 
     fn zero_f32(&mut self, dst: &mut Buffer<f32>) -> Result<()> {
-        self.op("zero_f32", Work::zero(4 * dst.len()), |cuda| cuda.zero(dst.view_mut()))
+        self.op("zero_f32", Work::moves(4 * dst.len()), |cuda| cuda.zero(dst.view_mut()))
     }
 
     fn zero_act(&mut self, dst: &mut Buffer<bf16>) -> Result<()> {
-        self.op("zero_act", Work::zero(2 * dst.len()), |cuda| cuda.zero(dst.view_mut()))
+        self.op("zero_act", Work::moves(2 * dst.len()), |cuda| cuda.zero(dst.view_mut()))
     }
 
     fn read_optimizer(&mut self, src: &Optimizer) -> Result<OptimizerState> {

@@ -9,6 +9,7 @@ pub mod device;
 mod ffi;
 mod graph;
 mod head;
+pub mod launched;
 mod linear;
 pub mod load;
 pub mod managed;

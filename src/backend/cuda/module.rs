@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
+use serde::Serialize;
 
 use super::memory::Buffer;
 use super::{Cuda, driver_error};
@@ -43,14 +44,14 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 /// What the compiler gave a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Attributes {
     /// Of a thread.
     pub registers: u32,
     /// Bytes of a thread in local memory: registers spilt, and arrays that have no register.
     pub local_bytes: u32,
     /// Bytes of a block, those asked for at the launch apart.
-    pub shared_bytes: u32,
+    pub static_shared_bytes: u32,
     /// That a block can have, by its registers.
     pub most_threads: u32,
 }
@@ -169,32 +170,15 @@ impl Function {
 
     /// What the compiler gave it.
     pub fn attributes(&self) -> Result<Attributes> {
-        use sys::CUfunction_attribute_enum as Attribute;
         self.bind()?;
-        let ask = |attribute| {
-            let mut value: c_int = 0;
-            // SAFETY: writes one int; the function is live.
-            let asked = unsafe { sys::cuFuncGetAttribute(&raw mut value, attribute, self.handle) };
-            asked.result().map_err(|e| driver_error("cuFuncGetAttribute", e))?;
-            Ok::<_, Error>(value.unsigned_abs())
-        };
-        Ok(Attributes {
-            registers: ask(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?,
-            local_bytes: ask(Attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
-            shared_bytes: ask(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
-            most_threads: ask(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
-        })
+        attributes(self.handle)
     }
 
     /// Bytes of each parameter, in order. None where the driver is too old to tell (before CUDA 12.4).
     pub fn parameters(&self) -> Result<Option<Vec<usize>>> {
         // More than the 4 KiB of parameters that a kernel has at least could name.
         const MOST: usize = 4096;
-        let mut version: c_int = 0;
-        // SAFETY: writes one int.
-        let asked = unsafe { sys::cuDriverGetVersion(&raw mut version) };
-        asked.result().map_err(|e| driver_error("cuDriverGetVersion", e))?;
-        if version < 12_040 {
+        if driver_version()? < 12_040 {
             return Ok(None);
         }
         self.bind()?;
@@ -223,17 +207,43 @@ impl Function {
         let set = unsafe { sys::cuFuncSetAttribute(self.handle, attribute, bytes) };
         set.result().map_err(|e| driver_error("cuFuncSetAttribute", e))
     }
+}
 
-    /// Blocks that one multiprocessor runs at a time.
-    pub fn blocks_per_multiprocessor(&self, threads: u32, shared: u32) -> Result<u32> {
-        self.bind()?;
-        let mut blocks: c_int = 0;
-        let threads = c_int::try_from(threads).unwrap_or(c_int::MAX);
+/// What the compiler gave a kernel of the context that is bound.
+pub(super) fn attributes(function: sys::CUfunction) -> Result<Attributes> {
+    use sys::CUfunction_attribute_enum as Attribute;
+    let ask = |attribute| {
+        let mut value: c_int = 0;
         // SAFETY: writes one int; the function is live.
-        let asked = unsafe {
-            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&raw mut blocks, self.handle, threads, shared as usize)
-        };
-        asked.result().map_err(|e| driver_error("cuOccupancyMaxActiveBlocksPerMultiprocessor", e))?;
-        Ok(blocks.unsigned_abs())
-    }
+        let asked = unsafe { sys::cuFuncGetAttribute(&raw mut value, attribute, function) };
+        asked.result().map_err(|e| driver_error("cuFuncGetAttribute", e))?;
+        Ok::<_, Error>(value.unsigned_abs())
+    };
+    Ok(Attributes {
+        registers: ask(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?,
+        local_bytes: ask(Attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)?,
+        static_shared_bytes: ask(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?,
+        most_threads: ask(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
+    })
+}
+
+/// Blocks of so many threads and so much dynamic shared memory that one multiprocessor runs at a time.
+pub(super) fn blocks_per_multiprocessor(function: sys::CUfunction, threads: u32, shared: u32) -> Result<u32> {
+    let mut blocks: c_int = 0;
+    let threads = c_int::try_from(threads).unwrap_or(c_int::MAX);
+    // SAFETY: writes one int; the function is live.
+    let asked = unsafe {
+        sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&raw mut blocks, function, threads, shared as usize)
+    };
+    asked.result().map_err(|e| driver_error("cuOccupancyMaxActiveBlocksPerMultiprocessor", e))?;
+    Ok(blocks.unsigned_abs())
+}
+
+/// 1000 * major + 10 * minor of the CUDA that the driver has.
+pub(super) fn driver_version() -> Result<c_int> {
+    let mut version: c_int = 0;
+    // SAFETY: writes one int.
+    let asked = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    asked.result().map_err(|e| driver_error("cuDriverGetVersion", e))?;
+    Ok(version)
 }

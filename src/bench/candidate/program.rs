@@ -1,14 +1,13 @@
 //! A compiled candidate on the device: checked as far as the driver can tell, then one more way to run the op.
 
-use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Source;
 use super::launch::{self, Directive, Launch};
 use super::nvrtc::{Compiled, Nvrtc, kernels};
 use crate::backend::cuda::Cuda;
-use crate::backend::cuda::module::{Attributes, Function, Module, Param};
+use crate::backend::cuda::module::{Function, Module, Param};
 use crate::bench::kernels::case::{Arg, Case, Scalar, Way};
 use crate::bench::kernels::set::{Dev, Set};
 use crate::error::{Error, Result};
@@ -31,39 +30,6 @@ pub struct Program {
 struct Step {
     function: Function,
     launch: Launch,
-}
-
-/// What is known of a kernel beside its time.
-#[derive(Clone, Debug)]
-pub struct Statistics {
-    pub launch: Launch,
-    pub attributes: Attributes,
-    /// Blocks that one multiprocessor runs at a time.
-    pub blocks: u32,
-    /// Share of the threads of a multiprocessor that run so.
-    pub occupancy: f64,
-}
-
-impl fmt::Display for Statistics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Launch { kernel, grid, block, shared, .. } = &self.launch;
-        let size = |s: &[u32; 3]| format!("{}x{}x{}", s[0], s[1], s[2]);
-        let local = match self.attributes.local_bytes {
-            0 => "none spilt".into(),
-            n => format!("{n} bytes a thread spilt or in local arrays"),
-        };
-        write!(
-            f,
-            "{kernel}: grid {}, block {}; {} registers, {local}; shared memory {} + {shared} bytes; \
-             {} blocks a multiprocessor, occupancy {:.0} %",
-            size(grid),
-            size(block),
-            self.attributes.registers,
-            self.attributes.shared_bytes,
-            self.blocks,
-            100.0 * self.occupancy
-        )
-    }
 }
 
 impl Program {
@@ -99,9 +65,9 @@ impl Program {
                 return Err(wrong(found, expected));
             }
             let room = cuda.room()?.shared_bytes;
-            let bytes = launch.shared.saturating_add(attributes.shared_bytes);
+            let bytes = launch.shared.saturating_add(attributes.static_shared_bytes);
             if bytes > room {
-                let found = format!("{} + {} bytes of shared memory", attributes.shared_bytes, launch.shared);
+                let found = format!("{} + {} bytes of shared memory", attributes.static_shared_bytes, launch.shared);
                 return Err(wrong(found, format!("at most {room}, which the card has for a block")));
             }
             if bytes > SHARED {
@@ -145,25 +111,6 @@ impl Program {
         let numbers = numbers(&case.scalars);
         Ok(Way::new(name, move |cuda, set| run(cuda, set, &steps, &numbers)))
     }
-
-    /// What the driver tells of each launch of a case.
-    pub fn statistics(&self, cuda: &Cuda, case: &Case) -> Result<Vec<Statistics>> {
-        let threads = cuda.room()?.threads;
-        let steps = self.steps(cuda, &case.args, &case.scalars)?;
-        let statistics = steps.into_iter().map(|Step { function, launch }| {
-            let blocks = function.blocks_per_multiprocessor(launch.threads(), launch.shared)?;
-            // A warp runs whole.
-            let running = f64::from(blocks) * f64::from(launch.threads().next_multiple_of(32));
-            let occupancy = running / f64::from(threads.max(1));
-            Ok(Statistics { attributes: function.attributes()?, launch, blocks, occupancy })
-        });
-        statistics.collect()
-    }
-}
-
-/// The way "candidate" of a case, by a file.
-pub fn way(cuda: &Cuda, case: &Case, file: &Path) -> Result<Way> {
-    Program::build(cuda, &Source::read(file)?)?.way(cuda, case, "candidate")
 }
 
 /// A way that is compiled when it is first set up: for an op whose own implementation is its starter.
@@ -218,25 +165,4 @@ fn run(cuda: &mut Cuda, set: &mut Set, steps: &[Step], numbers: &[Param]) -> Res
         unsafe { cuda.launch(function, launch.grid, launch.block, launch.shared, &params) }?;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_statistics_of_a_kernel_are_one_line() {
-        let launch = Launch { line: 1, kernel: "k".into(), grid: [7, 1, 1], block: [64, 1, 1], shared: 512 };
-        let attributes = Attributes { registers: 40, local_bytes: 0, shared_bytes: 1024, most_threads: 1024 };
-        let line = Statistics { launch, attributes, blocks: 8, occupancy: 0.25 }.to_string();
-        assert_eq!(
-            line,
-            "k: grid 7x1x1, block 64x1x1; 40 registers, none spilt; shared memory 1024 + 512 bytes; 8 blocks a \
-             multiprocessor, occupancy 25 %"
-        );
-        assert_eq!(
-            numbers(&[("t", Scalar::U64(3)), ("eps", Scalar::F32(1.0))]).iter().map(|p| p.size()).sum::<usize>(),
-            12
-        );
-    }
 }

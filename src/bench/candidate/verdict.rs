@@ -1,6 +1,7 @@
 //! Who won a race: the ways by median, and whether the spread leaves a winner at all.
 
 use crate::bench::kernels::check::Difference;
+use crate::bench::kernels::outcome::Outcome;
 
 /// How a way came out.
 #[derive(Clone, Debug)]
@@ -10,6 +11,13 @@ pub struct Finish {
     pub times: Option<[f64; 3]>,
     /// What was wrong with its output.
     pub refused: Option<Difference>,
+}
+
+impl From<&Outcome> for Finish {
+    fn from(Outcome { row, refused, .. }: &Outcome) -> Self {
+        let times = refused.is_none().then_some([row.median_us, row.least_us, row.most_us]);
+        Self { way: row.implementation.clone(), times, refused: refused.clone() }
+    }
 }
 
 /// Those that are right and were timed, the fastest median first.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use super::set::Set;
 use super::values::Inputs;
+use crate::backend::Work;
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::Kernels;
@@ -268,10 +269,8 @@ pub struct Case {
     pub tokens: Option<usize>,
     pub args: Vec<Arg>,
     pub scalars: Vec<(&'static str, Scalar)>,
-    /// That must be read and written at least once.
-    pub bytes: f64,
-    /// Operations of matrix products, multiply and add counted apart; 0 where bytes are the bound.
-    pub flops: f64,
+    /// Its floor.
+    pub work: Work,
     pub oracle: Oracle,
     #[cfg(feature = "cuda")]
     pub ways: Vec<Way>,

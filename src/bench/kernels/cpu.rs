@@ -7,6 +7,7 @@ use super::case::{CpuLaunch, Element};
 use super::check::{Answers, Difference};
 use super::outcome::{Ceilings, Outcome, Times, row};
 use super::values::{Column, Inputs};
+use crate::backend::Work;
 use crate::backend::cpu::Cpu;
 use crate::bench::environment::environment;
 use crate::error::Result;
@@ -55,7 +56,7 @@ impl Race {
         let answers = Answers::of(case, &inputs);
         let checked = answers.iter().map(Answers::len).sum();
         // All in f32 here.
-        let host = Case { bytes: host_bytes(case), ..case.clone() };
+        let host = Case { work: Work { bytes: host_bytes(case), ..case.work }, ..case.clone() };
         let mut outcomes = vec![];
         for (name, cpu, ceilings) in self.contestants.iter_mut().filter(|(name, ..)| wanted(name)) {
             let mut buffers: Vec<_> = case.args.iter().zip(inputs.columns()).map(|(a, c)| buffer(a, c)).collect();
@@ -63,7 +64,12 @@ impl Race {
             let refused = difference(case, &answers, &buffers);
             let times = if refused.is_none() { Times::of(samples(cpu, &launch, &mut buffers)?) } else { None };
             let row = row(&host, name, times, *ceilings, environment(None), &self.card, checked);
-            outcomes.push(Outcome { row, refused });
+            outcomes.push(Outcome {
+                row,
+                refused,
+                #[cfg(feature = "cuda")]
+                launched: vec![],
+            });
         }
         Ok(outcomes)
     }

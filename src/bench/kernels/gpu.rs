@@ -13,9 +13,10 @@ use super::outcome::{Ceilings, Outcome, Times, row};
 use super::set::{Dev, Set};
 use super::values::Inputs;
 use crate::backend::Needs;
+use crate::backend::cuda::launched::Launched;
 use crate::backend::cuda::memory::Buffer;
 use crate::backend::cuda::{Cuda, Kernels};
-use crate::bench::environment::environment;
+use crate::bench::environment::{Environment, environment};
 use crate::error::{Error, Result};
 
 /// Rounds, each with the buffers elsewhere; samples of each.
@@ -33,6 +34,16 @@ const ARENA: usize = 24 << 30;
 const SPARE: usize = 1 << 30;
 /// How far apart rounds begin.
 const SHIFT: usize = (1 << 30) + (3 << 20);
+
+/// What is known of a way of a case as its rounds go by.
+#[derive(Default)]
+struct Run {
+    /// Of a launch, one number a sample.
+    seconds: Vec<f64>,
+    refused: Option<Difference>,
+    environment: Environment,
+    launched: Vec<Launched>,
+}
 
 /// A GPU made ready for cases.
 pub struct Gpu<'a> {
@@ -160,9 +171,9 @@ impl<'a> Gpu<'a> {
         }
     }
 
-    /// Checks and times the ways that are wanted, of those that this machine has, of these cases. `done` is told after each round of a way. All cases go through a round
-    /// before the next begins, and ways of one case take turns in being first.
-    /// A way whose output is wrong is not timed. Errors: those of the driver.
+    /// Checks and times the ways that are wanted, of those that this machine has, of these cases. All cases go through a
+    /// round before the next begins, and the ways of a case take turns in being first. A way whose output is wrong is not
+    /// timed. `done` is told after each round of a way. Errors: those of the driver.
     pub fn race(
         &mut self,
         cases: &[Case],
@@ -170,9 +181,7 @@ impl<'a> Gpu<'a> {
         done: &mut dyn FnMut(),
     ) -> Result<Vec<Outcome>> {
         let mut answers: BTreeMap<usize, (Inputs, Vec<Answers>)> = BTreeMap::new();
-        let mut samples: BTreeMap<(usize, usize), Vec<f64>> = BTreeMap::new();
-        let mut refused: BTreeMap<(usize, usize), Difference> = BTreeMap::new();
-        let mut environments = BTreeMap::new();
+        let mut runs: BTreeMap<(usize, usize), Run> = BTreeMap::new();
         for round in 0..ROUNDS {
             for (c, case) in cases.iter().enumerate() {
                 let ways: Vec<usize> =
@@ -187,41 +196,31 @@ impl<'a> Gpu<'a> {
                 });
                 for turn in 0..ways.len() {
                     let w = ways[(turn + round) % ways.len()];
-                    if refused.contains_key(&(c, w)) {
+                    let run = runs.entry((c, w)).or_default();
+                    if run.refused.is_some() {
                         continue;
                     }
                     let mark = self.cuda.arena_mark();
-                    let result = self.round(round, case, inputs, answers, &case.ways[w]);
+                    let result = self.round(round, case, inputs, answers, &case.ways[w], run);
                     self.reset(mark)?;
-                    match result.map_err(|e| named(e, case, &case.ways[w]))? {
-                        Ok(seconds) => samples.entry((c, w)).or_default().extend(seconds),
-                        Err(difference) => {
-                            refused.insert((c, w), difference);
-                        }
-                    }
-                    environments.insert((c, w), environment(Some(0)));
+                    result.map_err(|e| named(e, case, &case.ways[w]))?;
+                    run.environment = environment(Some(0));
                     done();
                 }
             }
         }
-        let mut outcomes = vec![];
-        for (c, case) in cases.iter().enumerate() {
+        let outcome = |((c, w), run): ((usize, usize), Run)| {
+            let (case, Run { seconds, refused, environment, launched }) = (&cases[c], run);
             let checked = answers.get(&c).map_or(0, |(_, answers)| answers.iter().map(Answers::len).sum());
-            for (w, way) in case.ways.iter().enumerate() {
-                let refused = refused.remove(&(c, w));
-                let times = samples.remove(&(c, w)).filter(|_| refused.is_none()).and_then(Times::of);
-                if times.is_none() && refused.is_none() {
-                    continue;
-                }
-                let environment = environments.remove(&(c, w)).unwrap_or_default();
-                let row = row(case, way.name, times, self.ceilings, environment, &self.cuda.device().name, checked);
-                outcomes.push(Outcome { row, refused });
-            }
-        }
-        Ok(outcomes)
+            let times = if refused.is_none() { Times::of(seconds) } else { None };
+            let card = &self.cuda.device().name;
+            let row = row(case, case.ways[w].name, times, self.ceilings, environment, card, checked);
+            Outcome { row, refused, launched }
+        };
+        Ok(runs.into_iter().map(outcome).collect())
     }
 
-    /// One round of one way: seconds a launch of each sample, or what is wrong.
+    /// One round of one way.
     fn round(
         &mut self,
         round: usize,
@@ -229,15 +228,20 @@ impl<'a> Gpu<'a> {
         inputs: &Inputs,
         answers: &[Answers],
         way: &Way,
-    ) -> Result<Result<Vec<f64>, Difference>> {
+        run: &mut Run,
+    ) -> Result<()> {
         let mut shift = (round * SHIFT).min(self.left().saturating_sub(3 * case.set_bytes()));
         shift -= shift % 256;
         let _elsewhere = self.cuda.zeros::<u8>(shift)?;
         self.cuda.use_kernels(way.kernels.unwrap_or(self.kernels));
         let mut sets = vec![self.set(case, inputs, way)?];
         (way.launch)(self.cuda, &mut sets[0])?;
-        if let Some(difference) = self.compare(case, answers, &sets[0])? {
-            return Ok(Err(difference));
+        if run.launched.is_empty() {
+            run.launched = self.cuda.launched(&mut |cuda| (way.launch)(cuda, &mut sets[0]))?;
+        }
+        run.refused = self.compare(case, answers, &sets[0])?;
+        if run.refused.is_some() {
+            return Ok(());
         }
         let once = {
             let set = &mut sets[0];
@@ -252,15 +256,14 @@ impl<'a> Gpu<'a> {
         let recorded = self
             .cuda
             .record_timed(&mut |cuda| (0..launches).try_for_each(|i| (way.launch)(cuda, &mut sets[i % count])))?;
-        let mut seconds = Vec::with_capacity(SAMPLES);
         for sample in 0..SAMPLES + 2 {
             self.flush()?;
             let took = self.cuda.replay_timed(&recorded)? / launches as f64;
             if sample >= 2 {
-                seconds.push(took);
+                run.seconds.push(took);
             }
         }
-        Ok(Ok(seconds))
+        Ok(())
     }
 }
 

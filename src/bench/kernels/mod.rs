@@ -19,6 +19,7 @@ use models::{MODELS, Model, SMALL, TOKENS};
 use ops::Op;
 
 use crate::error::{Error, Result};
+use crate::names::nearest;
 
 /// Which rows of the table are wanted; an empty list means all.
 #[derive(Clone, Debug, Default)]
@@ -83,8 +84,7 @@ impl Filter {
 
 /// No op is called that: names the nearest.
 pub fn unknown_op(flag: &str, name: &str) -> Error {
-    let names: Vec<&str> = ops::all().iter().map(|op| op.name).collect();
-    let nearest = names.iter().max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
-    let nearest = nearest.map(|n| format!(", perhaps {n:?}")).unwrap_or_default();
-    Error::flag(flag, format!("{name:?}"), format!("an op of `halfbyte bench kernels --list`{nearest}"))
+    let near = nearest(name, ops::all().iter().map(|op| op.name));
+    let perhaps = near.first().map(|n| format!(", perhaps {n:?}")).unwrap_or_default();
+    Error::flag(flag, format!("{name:?}"), format!("an op of `halfbyte bench kernels --list`{perhaps}"))
 }

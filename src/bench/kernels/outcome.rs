@@ -3,6 +3,8 @@
 use super::case::Case;
 use super::check::Difference;
 use crate::backend::Work;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::launched::Launched;
 use crate::bench::environment::Environment;
 use crate::bench::results::KernelRow;
 
@@ -48,6 +50,9 @@ pub struct Outcome {
     pub row: KernelRow,
     /// The first element that is not what it must be.
     pub refused: Option<Difference>,
+    /// The kernels that one run launches; empty on the CPU.
+    #[cfg(feature = "cuda")]
+    pub launched: Vec<Launched>,
 }
 
 /// A row of the table.
@@ -60,7 +65,7 @@ pub fn row(
     card: &str,
     checked: usize,
 ) -> KernelRow {
-    let floor_us = 1e6 * ceilings.floor(Work { bytes: case.bytes, flops: case.flops });
+    let floor_us = 1e6 * ceilings.floor(case.work);
     let Times { median_us, least_us, most_us, samples } =
         times.unwrap_or(Times { median_us: 0.0, least_us: 0.0, most_us: 0.0, samples: 0 });
     let per = |what: f64| if median_us > 0.0 { what / median_us } else { 0.0 };
@@ -81,10 +86,10 @@ pub fn row(
         median_us,
         least_us,
         most_us,
-        bytes: case.bytes,
-        flops: case.flops,
-        gb_per_s: per(case.bytes) / 1e3,
-        tflop_per_s: per(case.flops) / 1e6,
+        bytes: case.work.bytes,
+        flops: case.work.flops,
+        gb_per_s: per(case.work.bytes) / 1e3,
+        tflop_per_s: per(case.work.flops) / 1e6,
         copy_gb_per_s: ceilings.copy / 1e9,
         product_tflop_per_s: ceilings.product / 1e12,
         floor_us,

@@ -206,7 +206,7 @@ impl<'a> Table<'a> {
     /// Rows are kept as they come: an interrupted run loses nothing.
     fn add(&mut self, outcomes: Vec<Outcome>) -> Result<()> {
         let mut rows = vec![];
-        for Outcome { row, refused } in outcomes {
+        for Outcome { row, refused, .. } in outcomes {
             if !self.json && self.op != row.op {
                 self.op.clone_from(&row.op);
                 put!(self.out, "\n{}", row.op)?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use halfbyte::bench::candidate::template::template;
 use halfbyte::bench::kernels::ops::{self, Op};
+use halfbyte::names::nearest;
 use halfbyte::{Error, Result};
 
 use crate::cli::args::at_least_one;
@@ -63,7 +64,7 @@ pub fn run(words: &[OsString], others: &[String]) -> Result<()> {
     let op = ops::named(&name).ok_or_else(|| unknown(&name, others))?;
     let program = format!("halfbyte bench {name}");
     let command =
-        crate::cli::with_snake_case(OpArgs::command().max_term_width(110).name(program.clone()).bin_name(program));
+        crate::cli::with_usual_flags(OpArgs::command().max_term_width(110).name(program.clone()).bin_name(program));
     // Help and usage errors end the process as they do in `main`.
     let matches = command.try_get_matches_from(words).unwrap_or_else(|e| e.exit());
     let args = OpArgs::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
@@ -74,16 +75,10 @@ pub fn run(words: &[OsString], others: &[String]) -> Result<()> {
 }
 
 fn unknown(name: &str, others: &[String]) -> Error {
-    let toy = ops::toy::OPS.iter().map(|op| op.name.to_string());
-    let names: Vec<String> = ops::all().iter().map(|op| op.name.to_string()).chain(toy).collect();
-    let mut near: Vec<(f64, &String)> = names
-        .iter()
-        .chain(others)
-        .map(|n| (strsim::jaro_winkler(name, n), n))
-        .filter(|(score, _)| *score > 0.8)
-        .collect();
-    near.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let near: Vec<&str> = near.iter().take(3).map(|(_, n)| n.as_str()).collect();
+    let ops = ops::all();
+    let ops = ops.iter().chain(ops::toy::OPS).map(|op| op.name);
+    let near = nearest(name, ops.chain(others.iter().map(String::as_str)));
+    let near = &near[..near.len().min(3)];
     let expected = match near.is_empty() {
         true => format!("{}, or an op of `halfbyte bench kernels --list`", others.join(", ")),
         false => format!("{} (`halfbyte bench --help` and `halfbyte bench kernels --list` have all)", near.join(", ")),
@@ -123,13 +118,13 @@ mod gpu {
     use halfbyte::backend::cuda::Cuda;
     use halfbyte::backend::cuda::device::Driver;
     use halfbyte::bench::candidate::Source;
-    use halfbyte::bench::candidate::program::{Program, Statistics};
+    use halfbyte::bench::candidate::program::Program;
     use halfbyte::bench::candidate::verdict::{Finish, ranking, verdict};
     use halfbyte::bench::kernels::case::{Case, Way};
     use halfbyte::bench::kernels::gpu::Gpu;
     use halfbyte::bench::kernels::models::{Model, TOKENS};
     use halfbyte::bench::kernels::ops::Op;
-    use halfbyte::bench::kernels::outcome;
+    use halfbyte::bench::kernels::outcome::Outcome;
     use halfbyte::bench::results::{self, KernelRow};
     use halfbyte::train::interrupt;
     use halfbyte::{Error, Result};
@@ -142,12 +137,6 @@ mod gpu {
 
     const CANDIDATE: &str = "candidate";
 
-    /// How a way came out, and its row of the CSV; None where it was not timed.
-    pub struct Outcome {
-        pub finish: Finish,
-        pub row: Option<KernelRow>,
-    }
-
     /// Checks and times the ways of a case that this machine has.
     fn outcomes(gpu: &mut Gpu, case: &Case, ways: Vec<Way>) -> Result<Vec<Outcome>> {
         let case = Case { ways, ..case.clone() };
@@ -155,16 +144,7 @@ mod gpu {
             let why = format!("{} of {} does not fit in its free memory", case.shape, case.model);
             return Err(Error::Unavailable { what: "the race".into(), why });
         }
-        let all = gpu.race(&[case], &|_| true, &mut || {})?;
-        Ok(all.into_iter().map(Outcome::from).collect())
-    }
-
-    impl From<outcome::Outcome> for Outcome {
-        fn from(outcome::Outcome { row, refused }: outcome::Outcome) -> Self {
-            let timed = refused.is_none();
-            let times = timed.then_some([row.median_us, row.least_us, row.most_us]);
-            Self { finish: Finish { way: row.implementation.clone(), times, refused }, row: timed.then_some(row) }
-        }
+        gpu.race(&[case], &|_| true, &mut || {})
     }
 
     pub fn race(op: &Op, args: &OpArgs) -> Result<()> {
@@ -190,13 +170,11 @@ mod gpu {
         let mut gpu = Gpu::new(&mut cuda, cases.iter())?;
         for case in &cases {
             let mut ways = case.ways.clone();
-            let mut statistics = vec![];
             if let Some(program) = &program {
                 ways.push(program.way(gpu.cuda, case, CANDIDATE)?);
-                statistics = program.statistics(gpu.cuda, case)?;
             }
             let all = outcomes(&mut gpu, case, ways)?;
-            report.case(&card, case, &all, &statistics)?;
+            report.case(&card, case, &all)?;
         }
         report.end(op)
     }
@@ -259,13 +237,14 @@ mod gpu {
     }
 
     impl Report<'_> {
-        fn case(&mut self, card: &str, case: &Case, all: &[Outcome], statistics: &[Statistics]) -> Result<()> {
-            let finishes: Vec<Finish> = all.iter().map(|o| o.finish.clone()).collect();
+        fn case(&mut self, card: &str, case: &Case, all: &[Outcome]) -> Result<()> {
+            let finishes: Vec<Finish> = all.iter().map(Finish::from).collect();
             let verdict = verdict(&finishes, CANDIDATE);
             for outcome in all {
-                if let Some(difference) = &outcome.finish.refused {
+                let way = &outcome.row.implementation;
+                if let Some(difference) = &outcome.refused {
                     let place = format!("{} {}", case.op, case.shape);
-                    let file = self.args.candidate.as_ref().filter(|_| outcome.finish.way == CANDIDATE);
+                    let file = self.args.candidate.as_ref().filter(|_| way == CANDIDATE);
                     let (at, is) = (&difference.place, difference.found);
                     let error = match file {
                         Some(file) => {
@@ -278,30 +257,26 @@ mod gpu {
                             );
                             Error::input(file, place, format!("{at} = {is:?}"), expected)
                         }
-                        None => Error::Cuda {
-                            op: format!("{place} by {}", outcome.finish.way),
-                            detail: difference.to_string(),
-                        },
+                        None => Error::Cuda { op: format!("{place} by {way}"), detail: difference.to_string() },
                     };
                     self.wrong.get_or_insert(error);
                 } else {
-                    self.rows.extend(outcome.row.clone());
+                    self.rows.push(outcome.row.clone());
                 }
             }
             if self.args.json {
                 let ways: Vec<Value> = all
                     .iter()
                     .map(|o| {
-                        let refused = o.finish.refused.as_ref().map(ToString::to_string);
-                        json!({ "way": o.finish.way, "refused": refused, "row": o.row })
+                        let (way, refused) = (&o.row.implementation, o.refused.as_ref().map(ToString::to_string));
+                        let row = refused.is_none().then_some(&o.row);
+                        json!({ "way": way, "refused": refused, "row": row, "kernels": o.launched })
                     })
                     .collect();
-                let statistics: Vec<Value> = statistics.iter().map(kernel).collect();
                 self.json.push(json!({
                     "shape": case.shape,
                     "tokens": case.tokens,
                     "ways": ways,
-                    "candidate_kernels": statistics,
                     "verdict": verdict,
                 }));
                 return Ok(());
@@ -311,7 +286,7 @@ mod gpu {
             let head = ["", "median us", "least", "most", "GB/s", "TFLOP/s", "% of floor"];
             let mut lines = vec![head.map(String::from).to_vec()];
             for (finish, [median, least, most]) in ranking(&finishes) {
-                let row = all.iter().find(|o| o.finish.way == finish.way).and_then(|o| o.row.as_ref());
+                let row = all.iter().find(|o| o.row.implementation == finish.way).map(|o| &o.row);
                 let cell = |value: Option<f64>| match value.filter(|v| *v > 0.0) {
                     Some(value) => format!("{value:.1}"),
                     None => String::new(),
@@ -334,8 +309,10 @@ mod gpu {
                     put!(out, "  {} is refused: {difference}", finish.way)?;
                 }
             }
-            for line in statistics {
-                put!(out, "  {line}")?;
+            for outcome in all {
+                for launched in &outcome.launched {
+                    put!(out, "  {} runs {launched}", outcome.row.implementation)?;
+                }
             }
             put!(out, "  {verdict}")?;
             out.flush()
@@ -352,20 +329,6 @@ mod gpu {
             self.out.flush()?;
             self.wrong.map_or(Ok(()), Err)
         }
-    }
-
-    fn kernel(s: &Statistics) -> Value {
-        json!({
-            "kernel": s.launch.kernel,
-            "grid": s.launch.grid,
-            "block": s.launch.block,
-            "registers": s.attributes.registers,
-            "local_bytes": s.attributes.local_bytes,
-            "static_shared_bytes": s.attributes.shared_bytes,
-            "dynamic_shared_bytes": s.launch.shared,
-            "blocks_per_multiprocessor": s.blocks,
-            "occupancy": s.occupancy,
-        })
     }
 }
 

@@ -10,7 +10,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::memory::Buffer;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::adamw::{Adamw8bit, Adamw32bit, Factors, Group, Tensor, adamw_8bit, adamw_32bit};
-use crate::backend::{Adamw, Backend, Moment, NewOptimizer, OptimKind, OptimizerState, ParamGroup};
+use crate::backend::{Adamw, Backend, Moment, NewOptimizer, OptimKind, OptimizerState, ParamGroup, Work};
 use crate::bench::kernels::case::Element::{self, Bf16, F32, U8};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -242,8 +242,7 @@ fn in_32_bits(m: &Model) -> Case {
             norm,
         ],
         scalars: scalars(&[("p", p)], p),
-        bytes: 30.0 * p as f64,
-        flops: 0.0,
+        work: Work::adamw(p, 12 * p),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![way(m, move |cuda, [master, m, v, lora, grads, norm], tables| {
@@ -326,8 +325,7 @@ fn in_8_bits(m: &Model) -> Case {
             Arg::input("v_map", F32, &dims!(E = 256), Fill::List(DYNAMIC_UNSIGNED.into())),
         ],
         scalars: scalars(&[("p", p), ("blocks", blocks)], p),
-        bytes: (18 * p + 16 * blocks) as f64,
-        flops: 0.0,
+        work: Work::adamw(p, 6 * p + 8 * blocks),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![way(m, move |cuda, [master, m, v, m_absmax, v_absmax, lora, grads, norm, _, _], tables| {

@@ -10,7 +10,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::ops::attention::{
     AttentionBackward, AttentionForward, attention_backward, attention_forward,
 };
-use crate::backend::{Backend, Batch, Heads};
+use crate::backend::{Backend, Batch, Heads, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32, I32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -90,9 +90,8 @@ impl Shape {
         Fill::List((0..=self.b()).map(|i| (i * self.len) as f32).collect())
     }
 
-    /// Operations of one product over the causal half.
-    fn product(&self) -> f64 {
-        (self.b() * self.heads.h * self.heads.d) as f64 * (self.len * self.len) as f64
+    fn lengths(&self) -> Vec<usize> {
+        vec![self.len; self.b()]
     }
 
     fn scalars(&self) -> Vec<(&'static str, Scalar)> {
@@ -174,8 +173,7 @@ fn forward(m: &Model, t: usize, len: usize) -> Case {
             Arg::input("cu_seqlens", I32, &dims!(B = shape.b() + 1), shape.starts()),
         ],
         scalars: shape.scalars(),
-        bytes: (2 * t * (heads.qkv() + h * d) + 4 * h * t) as f64,
-        flops: 2.0 * shape.product(),
+        work: Work::attention_forward(&shape.lengths(), heads),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: Way::own(move |cuda, set| {
@@ -287,8 +285,7 @@ fn backward(m: &Model, t: usize, len: usize) -> Case {
             Arg::input("cu_seqlens", I32, &dims!(B = shape.b() + 1), shape.starts()),
         ],
         scalars: shape.scalars(),
-        bytes: (4 * t * (heads.qkv() + h * d) + 4 * h * t) as f64,
-        flops: 5.0 * shape.product(),
+        work: Work::attention_backward(&shape.lengths(), heads),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: Way::own(move |cuda, set| {

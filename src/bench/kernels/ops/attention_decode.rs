@@ -10,7 +10,7 @@ use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::decode::{AttentionDecode, attention_decode};
 use crate::backend::workspace::attention_decode_scratch;
-use crate::backend::{Backend, Heads, KvCache};
+use crate::backend::{Backend, Heads, KvCache, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32, I32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -66,8 +66,7 @@ fn decode(m: &Model, past: usize) -> Case {
             Arg::scratch("scratch", F32, attention_decode_scratch(1, heads)),
         ],
         scalars: sizes.chain([("scale", Scalar::F32(heads.scale()))]).collect(),
-        bytes: (4 * past * g * d + 2 * (heads.qkv() + h * d)) as f64,
-        flops: 0.0,
+        work: Work::attention_decode(1, last, heads),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Op;
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::bias::{BiasRows, bias_rows};
 use crate::bench::kernels::case::Element::Bf16;
@@ -38,8 +39,7 @@ fn case(m: &Model, t: usize) -> Case {
             Arg::input("bias", Bf16, &dims!(N = n), Fill::Random(1.0)),
         ],
         scalars: vec![("t", Scalar::U64(t as u64)), ("n", Scalar::U64(n as u64)), ("ld", Scalar::U64(n as u64))],
-        bytes: (2 * t * n + 2 * n) as f64,
-        flops: 0.0,
+        work: Work::moves(2 * t * n + 2 * n),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

@@ -9,7 +9,7 @@ use super::Op;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::cross_entropy::{AddLoss, CrossEntropy, add_loss, cross_entropy};
 use crate::backend::workspace::workspace;
-use crate::backend::{IGNORE, Needs};
+use crate::backend::{IGNORE, Needs, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32, I32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -121,8 +121,7 @@ fn loss(model: &Model, m: usize) -> Case {
         tokens: Some(m),
         args: [logits].into_iter().chain(others(m, v)).collect(),
         scalars: vec![("m", Scalar::U64(m as u64)), ("v", Scalar::U64(v as u64))],
-        bytes: (4 * m * v + 8 * m) as f64,
-        flops: 0.0,
+        work: Work::moves(4 * m * v + 8 * m),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {
@@ -168,8 +167,7 @@ fn gradient(model: &Model, m: usize) -> Case {
         tokens: Some(m),
         args: [logits].into_iter().chain(others(m, v)).collect(),
         scalars: vec![("m", Scalar::U64(m as u64)), ("v", Scalar::U64(v as u64))],
-        bytes: (4 * targets * v + 2 * m * v + 8 * m) as f64,
-        flops: 0.0,
+        work: Work::moves(4 * targets * v + 2 * m * v + 8 * m),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {
@@ -201,8 +199,7 @@ fn add(model: &Model, m: usize) -> Case {
             Arg::input("scale", F32, &[("1", 1)], Fill::Const(0.5)),
         ],
         scalars: vec![("m", Scalar::U64(m as u64))],
-        bytes: (4 * m + 12) as f64,
-        flops: 0.0,
+        work: Work::moves(4 * m + 12),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

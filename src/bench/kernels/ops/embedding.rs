@@ -6,10 +6,10 @@ use std::sync::{Arc, OnceLock};
 use half::bf16;
 
 use super::Op;
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::embedding::{Embedding, embedding};
+use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::{Bf16, I32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -46,8 +46,7 @@ fn case(m: &Model, t: usize) -> Case {
             Arg::input("table", Bf16, &dims!(V = v, C = c), Fill::Random(0.02)),
         ],
         scalars: vec![("t", Scalar::U64(t as u64)), ("c", Scalar::U64(c as u64)), ("v", Scalar::U64(v as u64))],
-        bytes: (4 * t * c + 4 * t) as f64,
-        flops: 0.0,
+        work: Work::embedding(t, c),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

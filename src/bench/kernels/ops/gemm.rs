@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::Op;
 use super::sums::Terms;
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::gemm::{Gemm, Out, Pair, gemm};
 use crate::bench::kernels::case::Element::Bf16;
@@ -212,8 +213,7 @@ fn case(op: &'static str, kind: Kind, m: &Model, t: usize, (n, k): (usize, usize
         tokens: Some(t),
         args,
         scalars,
-        bytes: 2.0 * (t * (n + k) + n * k + r * (t + n)) as f64,
-        flops: 2.0 * (t * cols) as f64 * (depth + r) as f64,
+        work: Work::product(2 * (t * (n + k) + n * k + r * (t + n)), (t, cols, depth + r)),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: ways(kind, (t, n, k)),

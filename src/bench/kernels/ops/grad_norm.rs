@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Op;
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::grad_norm::{GRAD_NORM_PARTIALS, GradNorm, grad_norm};
+use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::{F32, F64};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -49,8 +49,7 @@ fn case(m: &Model) -> Case {
             Arg::scratch("partial", F64, PARTIALS),
         ],
         scalars: vec![("p", Scalar::U64(p as u64))],
-        bytes: (4 * p) as f64,
-        flops: 0.0,
+        work: Work::grad_norm(p),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(|cuda, set| {

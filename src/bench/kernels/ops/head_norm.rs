@@ -7,7 +7,7 @@ use super::Op;
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::rmsnorm::{HeadNormBackward, HeadNormForward, head_norm_backward, head_norm_forward};
-use crate::backend::{Backend, Heads};
+use crate::backend::{Backend, Heads, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -93,8 +93,7 @@ fn forward(m: &Model, t: usize) -> Case {
             Arg::input("k_w", Bf16, &dims!(D = d), Fill::Random(1.0)),
         ],
         scalars: [sizes(t, heads), vec![("eps", Scalar::F32(EPS))]].concat(),
-        bytes: (4 * t * width + 4 * t * normed + 4 * d) as f64,
-        flops: 0.0,
+        work: Work::head_norm_forward(t, heads),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {
@@ -147,8 +146,7 @@ fn backward(m: &Model, t: usize) -> Case {
         ],
         scalars: sizes(t, heads),
         // v stays where it is.
-        bytes: (6 * t * normed * d + 4 * t * normed + 4 * d) as f64,
-        flops: 0.0,
+        work: Work::head_norm_backward(t, heads),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

@@ -12,7 +12,7 @@ use super::lora::{Part, part_of, parts};
 use super::nf4::{Decoder, weight_args, weight_bytes};
 use super::sums::Terms;
 use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Linear, LinearBackward, LinearForward, Lora, Projection};
+use crate::backend::{Backend, Linear, LinearBackward, LinearForward, LinearSize, Lora, Projection, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32};
 use crate::bench::kernels::case::{Arg, Case, CpuLaunch, Expected, Fill, HostBuffer, Scalar};
 use crate::bench::kernels::models::{Model, R};
@@ -93,7 +93,6 @@ fn forward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize)
         };
         span.map(|at| at % n).map(element).collect()
     };
-    let lora_flops = 2.0 * t as f64 * (r * k + R * n) as f64;
     Case {
         op: "linear_forward",
         model: m.name,
@@ -101,13 +100,16 @@ fn forward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize)
         tokens: Some(t),
         args,
         scalars: sizes(t, k, n),
-        bytes: (2 * t * (k + n) + weight_bytes((n, k)) + 2 * p) as f64,
-        flops: 2.0 * (t * n) as f64 * k as f64 + lora_flops,
+        work: Work::linear_forward(size(t, k, n, r)),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: forward_ways(t, k, n, &parts),
         cpu: Some(cpu_forward(t, k, n, &parts)),
     }
+}
+
+fn size(t: usize, k: usize, n: usize, r: usize) -> LinearSize {
+    LinearSize { t, n, k, r, b: n * R, weights: weight_bytes((n, k)) }
 }
 
 fn sizes(t: usize, k: usize, n: usize) -> Vec<(&'static str, Scalar)> {
@@ -189,7 +191,6 @@ fn backward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize
             }
         }
     };
-    let lora_flops = 4.0 * t as f64 * (r * k + R * n) as f64;
     Case {
         op: "linear_backward",
         model: m.name,
@@ -197,8 +198,7 @@ fn backward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize
         tokens: Some(t),
         args,
         scalars: sizes(t, k, n),
-        bytes: (2 * t * (2 * k + n + 2 * r) + weight_bytes((n, k)) + 2 * p + 8 * p) as f64,
-        flops: 2.0 * (t * n) as f64 * k as f64 + lora_flops,
+        work: Work::linear_backward(size(t, k, n, r), true),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: backward_ways(t, k, n, &parts),

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Op;
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::load::{LoadDense, load_dense};
 #[cfg(feature = "cuda")]
@@ -40,8 +41,7 @@ fn case(m: &Model, n: usize, k: usize) -> Case {
             Arg::in_out("bad", I32, &[("1", 1)], Fill::Const(0.0), 1),
         ],
         scalars: vec![("n", Scalar::U64((n * k) as u64))],
-        bytes: (4 * n * k) as f64,
-        flops: 0.0,
+        work: Work::moves(4 * n * k),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(|cuda, set| {

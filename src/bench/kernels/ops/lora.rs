@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Op;
 use super::sums::{Terms, dot, row};
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::lora::{
     LoraBackward, LoraBackwardX, LoraExpand, LoraForward, LoraPart, lora_backward, lora_backward_x, lora_expand,
@@ -131,8 +132,7 @@ impl Group {
             tokens: Some(t),
             args,
             scalars: sizes.chain([("scale", Scalar::F32(SCALE))]).collect(),
-            bytes: bytes as f64,
-            flops: 0.0,
+            work: Work::moves(bytes),
             oracle,
             #[cfg(feature = "cuda")]
             ways: vec![],

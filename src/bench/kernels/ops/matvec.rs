@@ -8,6 +8,7 @@ use super::gemm::{add_pair, forward_sums};
 #[cfg(feature = "cuda")]
 use super::nf4::weight;
 use super::nf4::{Decoder, projections, weight_args, weight_bytes, weight_of};
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::decode::{Matvec, Weight, matvec};
 #[cfg(feature = "cuda")]
@@ -83,8 +84,7 @@ fn quantized(m: &Model, t: usize, (n, k): (usize, usize)) -> Case {
         tokens: Some(t),
         args: [y, x].into_iter().chain(weight_args((n, k))).chain([h, b]).collect(),
         scalars: vec![("t", number(t)), ("n", number(n)), ("k", number(k)), ("r", number(R))],
-        bytes: (2 * t * (n + k + R) + weight_bytes((n, k)) + 2 * n * R) as f64,
-        flops: 0.0,
+        work: Work::product(2 * t * (n + k + R) + weight_bytes((n, k)) + 2 * n * R, (t, n, k + R)),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {
@@ -115,8 +115,7 @@ fn head(m: &Model) -> Case {
             Arg::input("w", Bf16, &dims!(V = n, C = k), Fill::Random(0.02)),
         ],
         scalars: vec![("t", number(t)), ("v", number(n)), ("c", number(k))],
-        bytes: (2 * n * k + 2 * t * k + 4 * t * n) as f64,
-        flops: 0.0,
+        work: Work::head_logits(t, k, n, 2 * n * k),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

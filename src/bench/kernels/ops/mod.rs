@@ -138,7 +138,7 @@ mod tests {
                         assert!(!case.shape.contains([',', '"']), "{}", case.shape);
                         assert_eq!(case.op, op.name);
                         assert!(seen.insert((case.op, case.model, case.shape.clone())), "{} {}", case.op, case.shape);
-                        assert!(case.bytes > 0.0 && case.args.iter().any(|a| a.is_checked()));
+                        assert!(case.work.bytes > 0.0 && case.args.iter().any(|a| a.is_checked()));
                     }
                 }
             }

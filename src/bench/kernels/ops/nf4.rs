@@ -7,6 +7,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::Op;
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::nf4::{
     Absmax, Nf4Dequantize, Nf4DequantizeRows, Nf4DoubleQuantize, Nf4Quantize, Nf4Weight, Output, Source,
@@ -215,8 +216,7 @@ fn quantize(m: &Model, (n, k): (usize, usize)) -> Case {
             Arg::input("x", Bf16, &dims!(N = n, K = k), Fill::Random(0.02)),
         ],
         scalars: matrix_scalars((n, k)),
-        bytes: (2 * n * k + n * k / 2 + 4 * blocks) as f64,
-        flops: 0.0,
+        work: Work::moves(2 * n * k + n * k / 2 + 4 * blocks),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(|cuda, set| {
@@ -286,8 +286,7 @@ fn double_quantize(m: &Model, (n, k): (usize, usize)) -> Case {
             Arg::scratch("scratch", F64, 256),
         ],
         scalars: vec![("blocks", Scalar::U64(blocks as u64))],
-        bytes: (5 * blocks + 4 * nested + 4) as f64,
-        flops: 0.0,
+        work: Work::moves(5 * blocks + 4 * nested + 4),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(|cuda, set| {
@@ -320,8 +319,7 @@ fn dequantize(m: &Model, (n, k): (usize, usize), rows: Range<usize>) -> Case {
         tokens: None,
         args: [out].into_iter().chain(weight_args((n, k))).collect(),
         scalars,
-        bytes: (weight_bytes((rows, k)) + 2 * rows * k) as f64,
-        flops: 0.0,
+        work: Work::nf4_dequantize(weight_bytes((rows, k)), rows * k),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

@@ -8,6 +8,7 @@ use super::gemm::{add_pair, backward_sums, backward_tiles, forward_sums, forward
 #[cfg(feature = "cuda")]
 use super::nf4::weight;
 use super::nf4::{Decoder, projections, weight_args, weight_bytes, weight_of};
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::gemm::Pair;
 #[cfg(feature = "cuda")]
@@ -89,8 +90,7 @@ fn case(m: &Model, t: usize, (n, k): (usize, usize), forward: bool) -> Case {
         tokens: Some(t),
         args: first.into_iter().chain(weight_args((n, k))).chain(last).collect(),
         scalars: vec![("t", number(t)), ("n", number(n)), ("k", number(k)), ("r", number(R))],
-        bytes: (2 * t * (n + k + R) + weight_bytes((n, k)) + 2 * cols * R) as f64,
-        flops: 2.0 * (t * cols) as f64 * (depth + R) as f64,
+        work: Work::product(2 * t * (n + k + R) + weight_bytes((n, k)) + 2 * cols * R, (t, cols, depth + R)),
         oracle: Arc::new(oracle),
         // One kernel for all cards: there is no "sm80" beside it.
         #[cfg(feature = "cuda")]

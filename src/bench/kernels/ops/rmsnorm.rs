@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Op;
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::rmsnorm::{RmsNormBackward, RmsNormForward, rmsnorm_backward, rmsnorm_forward};
+use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -71,8 +71,7 @@ fn forward(m: &Model, t: usize) -> Case {
             Arg::input("w", Bf16, &dims!(C = c), Fill::Random(1.0)),
         ],
         scalars: vec![("t", Scalar::U64(t as u64)), ("c", Scalar::U64(c as u64)), ("eps", Scalar::F32(EPS))],
-        bytes: (4 * t * c + 4 * t + 2 * c) as f64,
-        flops: 0.0,
+        work: Work::rmsnorm_forward(t, c, false),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {
@@ -121,8 +120,7 @@ fn residual(m: &Model, t: usize) -> Case {
             Arg::input("w", Bf16, &dims!(C = c), Fill::Random(1.0)),
         ],
         scalars: vec![("t", Scalar::U64(t as u64)), ("c", Scalar::U64(c as u64)), ("eps", Scalar::F32(EPS))],
-        bytes: (8 * t * c + 4 * t + 2 * c) as f64,
-        flops: 0.0,
+        work: Work::rmsnorm_forward(t, c, true),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {
@@ -162,8 +160,7 @@ fn backward(m: &Model, t: usize) -> Case {
             Arg::input("rstd", F32, &dims!(T = t), Fill::Random(1.0)),
         ],
         scalars: vec![("t", Scalar::U64(t as u64)), ("c", Scalar::U64(c as u64))],
-        bytes: (8 * t * c + 4 * t + 2 * c) as f64,
-        flops: 0.0,
+        work: Work::rmsnorm_backward(t, c),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

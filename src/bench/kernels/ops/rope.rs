@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Op;
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::rope::{Rope, rope_backward, rope_forward};
+use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32, I32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -66,9 +66,7 @@ fn case(m: &Model, t: usize, op: &'static str, sign: f64) -> Case {
             Arg::input("inv_freq", F32, &[("D/2", half)], Fill::List(frequencies)),
         ],
         scalars: sizes.map(|(name, n)| (name, Scalar::U64(n as u64))).to_vec(),
-        // v stays where it is.
-        bytes: (4 * t * turned * d + 4 * t + 2 * d) as f64,
-        flops: 0.0,
+        work: Work::rope(t, heads),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Op;
 use super::cross_entropy::{list, rows_of_chunk, spread};
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::cross_entropy::{GatherRows, ScatterRows, gather_rows, scatter_rows};
 use crate::bench::kernels::case::Element::{Bf16, I32};
@@ -40,9 +41,9 @@ fn sizes(m: usize, c: usize) -> Vec<(&'static str, Scalar)> {
     [("m", m), ("c", c), ("t", tokens(m))].map(|(name, n)| (name, Scalar::U64(n as u64))).to_vec()
 }
 
-/// Bytes moved: every row is written, those that are named are read.
-fn bytes(written: usize, read: usize, c: usize, m: usize) -> f64 {
-    (2 * written * c + 2 * read * c + 4 * m) as f64
+/// Rows written and rows read, and the numbers of the rows.
+fn work(written: usize, read: usize, c: usize, m: usize) -> Work {
+    Work::moves(2 * written * c + 2 * read * c + 4 * m)
 }
 
 fn gather(model: &Model, m: usize) -> Case {
@@ -65,8 +66,7 @@ fn gather(model: &Model, m: usize) -> Case {
             Arg::input("rows", I32, &dims!(M = m), list(&rows)),
         ],
         scalars: sizes(m, c),
-        bytes: bytes(m, named, c, m),
-        flops: 0.0,
+        work: work(m, named, c, m),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {
@@ -100,8 +100,7 @@ fn scatter(model: &Model, m: usize) -> Case {
             Arg::input("rows", I32, &dims!(M = m), fill),
         ],
         scalars: sizes(m, c),
-        bytes: bytes(named, named, c, m),
-        flops: 0.0,
+        work: work(named, named, c, m),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

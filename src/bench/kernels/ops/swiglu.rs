@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Op;
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::ops::swiglu::{SwigluBackward, SwigluForward, swiglu_backward, swiglu_forward};
+use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::Bf16;
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
@@ -63,8 +63,7 @@ fn forward(m: &Model, t: usize) -> Case {
             Arg::input("gate_up", Bf16, &[("T", t), ("2F", 2 * f)], Fill::Random(2.0)),
         ],
         scalars: vec![("t", Scalar::U64(t as u64)), ("f", Scalar::U64(f as u64))],
-        bytes: (6 * t * f) as f64,
-        flops: 0.0,
+        work: Work::swiglu_forward(t, f),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {
@@ -106,8 +105,7 @@ fn backward(m: &Model, t: usize) -> Case {
             Arg::input("dy", Bf16, &dims!(T = t, F = f), Fill::Random(0.1)),
         ],
         scalars: vec![("t", Scalar::U64(t as u64)), ("f", Scalar::U64(f as u64))],
-        bytes: (10 * t * f) as f64,
-        flops: 0.0,
+        work: Work::swiglu_backward(t, f),
         oracle: Arc::new(oracle),
         #[cfg(feature = "cuda")]
         ways: vec![Way::own(move |cuda, set| {

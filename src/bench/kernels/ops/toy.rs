@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Op;
+use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::bench::candidate::{Source, program, template::Contract};
 use crate::bench::kernels::case::Element::F32;
@@ -42,8 +43,7 @@ fn toy(m: &Model, t: usize) -> Case {
         },
         args,
         scalars,
-        bytes: (8 * t * C) as f64,
-        flops: 0.0,
+        work: Work::moves(8 * t * C),
         oracle: Arc::new(oracle),
         cpu: None,
     }
