@@ -12,7 +12,7 @@ import time
 
 KERNEL_COLUMNS = ("date,tool,commit,card,driver,sm_mhz,memory_mhz,model,op,shape,tokens,implementation,samples,median_us,"
                   "least_us,most_us,bytes,flops,gb_per_s,tflop_per_s,copy_gb_per_s,product_tflop_per_s,floor_us,"
-                  "percent_of_floor,checked").split(",")
+                  "percent_of_floor,checked,launches,registers,local_bytes,shared_bytes,occupancy").split(",")
 STEP_COLUMNS = ("date,tool,commit,card,driver,sm_mhz,memory_mhz,shape,batch,length,gradient_checkpointing,memory,r,"
                 "lora_dropout,optim,steps,ms,ms_min,ms_max,tokens_per_second,tflops_ceiling,bound_tokens_per_second,"
                 "percent_of_bound,arena_bytes,optimizer_bytes,host_bytes,planned_bytes,driver_bytes,planned_ms,layers,loss,"
@@ -87,8 +87,8 @@ class Clock:
 
     Before each sample a buffer larger than any L2 is read, which leaves nothing of the op's there and nothing to write
     back. The op is replayed as a CUDA graph between two events, so that nothing lies between its kernels. One that cannot
-    be recorded, as a backward whose forward ran before, is launched as it is, behind a spin of the GPU for as long as the
-    host needs to enqueue it: then no kernel waits for its launch, but the gaps between kernels count."""
+    be recorded is launched as it is, behind a spin of the GPU for as long as the host needs to enqueue it: then no kernel
+    waits for its launch, but the gaps between kernels count."""
 
     FLUSH_BYTES = 256 << 20
 
@@ -101,38 +101,52 @@ class Clock:
             properties = torch.cuda.get_device_properties(0)
             self.cycles_per_s = (getattr(properties, "clock_rate", 0) or 1_980_000) * 1e3
 
-    def seconds(self, op, samples, graph=False):
-        """Of each sample, sorted; `graph`: as a CUDA graph if that can be."""
+    def seconds(self, op, samples, graph=False, before=None):
+        """Of each sample, sorted. `graph`: as a CUDA graph if that can be. `before`: run ahead of the op and not timed; the
+        op takes its result. Without a graph it runs once, and the op many times on that."""
+        ready = before() if before else None
+        once = (lambda: op(ready)) if before else op
         if not self.cuda:
-            return sorted(self.host_seconds(op) for _ in range(samples))
+            return sorted(self.host_seconds(once) for _ in range(samples))
         cuda = self.torch.cuda
         for _ in range(3):
-            op()
+            once()
         cuda.synchronize()
-        recorded = self.record(op) if graph else None
+        recorded = self.record(op, before) if graph else None
         if recorded:
             return sorted([self.replay(*recorded) for _ in range(samples + 2)][2:])
+        op = once
         enqueue = max(self.host_seconds(op) for _ in range(2))
         cuda.synchronize()
         spin = int(min(2 * enqueue + 50e-6, 20e-3) * self.cycles_per_s)
-        events = [[cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
-        for start, end in events:
+        events = []
+        for _ in range(3 * samples):
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
             self.torch.sum(self.flush, dim=0, out=self.sum)
             cuda._sleep(spin)
             start.record()
             op()
             end.record()
+            # Where the GPU has begun before all was enqueued, it has waited for the host.
+            if not start.query():
+                events.append((start, end))
+            if len(events) == samples:
+                break
         cuda.synchronize()
+        if not events:
+            raise RuntimeError("the host never was ahead of the GPU")
         return sorted(start.elapsed_time(end) / 1e3 for start, end in events)
 
-    def record(self, op):
-        """A graph of the op between two events; None if it cannot be recorded."""
+    def record(self, op, before):
+        """A graph of the op between two events; None if it cannot be recorded. The cache is flushed behind `before`."""
         cuda, graph = self.torch.cuda, self.torch.cuda.CUDAGraph()
         try:
             start, end = (cuda.Event(enable_timing=True, external=True) for _ in range(2))
             with cuda.graph(graph, capture_error_mode="thread_local"):
+                ready = before() if before else None
+                self.torch.sum(self.flush, dim=0, out=self.sum)
                 start.record()
-                op()
+                op(ready) if before else op()
                 end.record()
             return graph, start, end
         except (RuntimeError, TypeError) as e:
@@ -140,7 +154,6 @@ class Clock:
             return None
 
     def replay(self, graph, start, end):
-        self.torch.sum(self.flush, dim=0, out=self.sum)
         graph.replay()
         self.torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3

@@ -51,19 +51,20 @@ class Table:
             product = max(product, 2.0 * m * n * k / self.clock.seconds(lambda: x @ w.T, SAMPLES)[0])
         return copy, product
 
-    def row(self, tool, op, shape, implementation, run, nbytes, flops=0.0, tokens=None):
-        """Times `run` and adds a row; one that fails is a line of the log and no more."""
-        # A backward runs in the stream of its forward, which no graph holds.
-        graph = not op.endswith("_backward")
+    def row(self, tool, op, shape, implementation, run, nbytes, flops=0.0, tokens=None, before=None, graph=True):
+        """Times `run`, which takes what `before` gives, and adds a row; one that fails is a line of the log and no more."""
         try:
-            times = self.clock.seconds(run, SAMPLES, graph)
+            floor = max(nbytes / self.copy, flops / self.product)
+            times = self.clock.seconds(run, SAMPLES, graph, before)
+            if graph and common.median(times) < 0.5 * floor:  # part of it went into another stream
+                times = self.clock.seconds(run, SAMPLES, False, before)
         except (RuntimeError, NotImplementedError) as e:
             print(f"{op:<18} {shape:<36} {implementation:<34} not run: {' '.join(str(e).split())[:160]}", flush=True)
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
             return
         here = self.card.environment()
-        median, floor = common.median(times), max(nbytes / self.copy, flops / self.product)
+        median = common.median(times)
         common.append(args.csv, common.KERNEL_COLUMNS, [here | {
             "tool": tool, "model": MODEL, "op": op, "shape": shape, "tokens": tokens, "implementation": implementation,
             "samples": len(times), "median_us": median * 1e6, "least_us": times[0] * 1e6, "most_us": times[-1] * 1e6,
@@ -151,12 +152,12 @@ def linear(table):
             table.row(tool, "linear_forward", shape, "peft + bitsandbytes", forward, nbytes, product + side, t)
             if t <= 16:  # another kernel than in training
                 table.row(tool, "linear_forward", shape, "peft + bitsandbytes (no grad)", without_grad, nbytes, product + side, t)
-            y = forward()
             # Read: dy, x, h, W, A and B. Written: dx; gradients of A and B in f32, added to.
             nbytes = 2 * t * (n + 2 * k + r) + weight + 2 * p + 8 * p
             table.row(tool, "linear_backward", shape, "peft + bitsandbytes",
-                      lambda: torch.autograd.grad(y, [x, *lora], dy, retain_graph=True), nbytes, product + 2 * side, t)
-            del y, x, dy
+                      lambda y: torch.autograd.grad(y, [x, *lora], dy, retain_graph=True), nbytes, product + 2 * side, t,
+                      before=forward)
+            del x, dy
 
 
 def gemm(table):
@@ -203,12 +204,9 @@ def attention(table):
                 inputs = [q, *(i.repeat_interleave(H // G, dim=1) for i in (k, v))]
             inputs = [i.detach().requires_grad_() for i in inputs]
             table.row(TORCH, "attention_forward", shape, implementation, lambda: forward(*inputs), forward_bytes, 2 * product, t)
-            try:
-                o = forward(*inputs)
-            except RuntimeError:
-                continue  # the row above has told
             table.row(TORCH, "attention_backward", shape, implementation,
-                      lambda: torch.autograd.grad(o, inputs, do, retain_graph=True), backward_bytes, 5 * product, t)
+                      lambda o: torch.autograd.grad(o, inputs, do, retain_graph=True), backward_bytes, 5 * product, t,
+                      before=lambda: forward(*inputs))
 
 
 def adamw(table):
@@ -224,7 +222,8 @@ def adamw(table):
         total = sum(sizes)
         # Gradient, weight, m, v read and all but the first written; 8 bits: two f32 a block of 256 as well.
         nbytes = 4 * total + 2 * (4 * total + 2 * bits // 8 * total) + (16 * total // 256 if bits == 8 else 0)
-        table.row(BNB, f"adamw_{bits}bit", f"{total} in {len(sizes)} tensors", "bitsandbytes", step, nbytes)
+        # It launches into the default stream, whatever the current one is: no graph would hold it.
+        table.row(BNB, f"adamw_{bits}bit", f"{total} in {len(sizes)} tensors", "bitsandbytes", step, nbytes, graph=False)
 
 
 table = Table()

@@ -61,6 +61,13 @@ pub struct KernelRow {
     pub percent_of_floor: f64,
     /// Elements compared with the oracle; all were within its tolerance.
     pub checked: usize,
+    /// Kernels that one run launches, and of them the most registers of a thread, bytes of a thread in local memory and
+    /// shared memory of a block, and the least occupancy (0 to 1). None of a CPU or a peer.
+    pub launches: Option<usize>,
+    pub registers: Option<u32>,
+    pub local_bytes: Option<u32>,
+    pub shared_bytes: Option<u32>,
+    pub occupancy: Option<f64>,
 }
 
 /// A training step: `halfbyte bench step`, scripts/peers.

@@ -56,6 +56,7 @@ prop_compose! {
             date, tool, commit, card, driver, sm_mhz: mhz, memory_mhz: mhz.map(|m| m / 2), model, op, shape, tokens,
             implementation, samples, median_us, least_us, most_us, bytes, flops, gb_per_s, tflop_per_s, copy_gb_per_s,
             product_tflop_per_s, floor_us, percent_of_floor, checked: samples / 3,
+            launches: tokens, registers: mhz, local_bytes: mhz, shared_bytes: mhz, occupancy: mhz.map(|_| least_us),
         }
     }
 }

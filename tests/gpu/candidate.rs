@@ -184,11 +184,11 @@ fn statistics() -> Outcome {
     let outcomes = Gpu::unmeasured(&mut cuda, &Model::needs(&[TOY], 128))?.race(&[case], &|_| true, &mut || {})?;
     let [one] = &outcomes[0].launched[..] else { return Err("not one launch".into()) };
     assert!(outcomes[0].refused.is_some(), "it computes something else");
-    assert_eq!((one.kernel.as_str(), one.grid, one.block), ("toy", [128, 1, 1], [256, 1, 1]), "{one}");
+    assert_eq!((one.kernel.as_str(), one.grid, one.block), ("toy", [128, 1, 1], [256, 1, 1]), "{one:?}");
     let bytes = (one.attributes.static_shared_bytes, one.dynamic_shared_bytes, one.attributes.local_bytes);
-    assert_eq!(bytes, (1024, 2048, 0), "{one}");
-    assert!((1..=255).contains(&one.attributes.registers), "{one}");
-    assert!((1..=8).contains(&one.blocks_per_multiprocessor), "{one}");
-    assert!(one.occupancy > 0.0 && one.occupancy <= 1.0, "{one}");
+    assert_eq!(bytes, (1024, 2048, 0), "{one:?}");
+    assert!((1..=255).contains(&one.attributes.registers), "{one:?}");
+    assert!((1..=8).contains(&one.blocks_per_multiprocessor), "{one:?}");
+    assert!(one.occupancy > 0.0 && one.occupancy <= 1.0, "{one:?}");
     Ok(())
 }

@@ -92,5 +92,9 @@ fn refusal() -> Outcome {
     if row.samples < 30 || !(0.0 < row.least_us && row.least_us <= row.median_us && row.median_us <= row.most_us) {
         return Err(format!("{row:?}").into());
     }
+    let known = row.launches == Some(1) && row.local_bytes == Some(0) && row.registers > Some(8);
+    if !known || !row.occupancy.is_some_and(|o| 0.0 < o && o <= 1.0) || first.launched[0].kernel.is_empty() {
+        return Err(format!("{row:?}, {:?}", first.launched).into());
+    }
     Ok(())
 }

@@ -1,11 +1,9 @@
 //! What a piece of work launches, as the driver sees it: each kernel with its launch, its registers, and its occupancy. Kernels
 //! of ours, of cuBLAS and of a user's file are told alike, since all of it is read off a recording.
 
-use std::fmt;
-
 use cpp_demangle::{DemangleOptions, Symbol};
 use cudarc::driver::{CudaGraph, sys};
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::module::{Attributes, attributes, blocks_per_multiprocessor, driver_version};
 use super::{Cuda, driver_error};
@@ -24,37 +22,8 @@ pub struct Launched {
     pub attributes: Attributes,
     /// Blocks that one multiprocessor runs at a time.
     pub blocks_per_multiprocessor: u32,
-    /// Share of the threads of a multiprocessor that run so.
-    #[serde(serialize_with = "rounded")]
+    /// Share of the threads of a multiprocessor that run so, to four digits.
     pub occupancy: f64,
-}
-
-/// To four digits: it is a quotient of small numbers.
-fn rounded<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_f64((value * 1e4).round() / 1e4)
-}
-
-impl fmt::Display for Launched {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let size = |s: &[u32; 3]| format!("{}x{}x{}", s[0], s[1], s[2]);
-        let local = match self.attributes.local_bytes {
-            0 => "none spilt".into(),
-            n => format!("{n} bytes a thread spilt or in local arrays"),
-        };
-        write!(
-            f,
-            "{}: grid {}, block {}; {} registers, {local}; shared memory {} + {} bytes; {} blocks a multiprocessor, \
-             occupancy {:.0} %",
-            if self.kernel.is_empty() { "a kernel" } else { &self.kernel },
-            size(&self.grid),
-            size(&self.block),
-            self.attributes.registers,
-            self.attributes.static_shared_bytes,
-            self.dynamic_shared_bytes,
-            self.blocks_per_multiprocessor,
-            100.0 * self.occupancy
-        )
-    }
 }
 
 impl Cuda {
@@ -81,6 +50,7 @@ impl Cuda {
                 let blocks = blocks_per_multiprocessor(function, of_block, shared)?;
                 // A warp runs whole.
                 let running = f64::from(blocks) * f64::from(of_block.next_multiple_of(32));
+                let occupancy = (1e4 * running / f64::from(threads.max(1))).round() / 1e4;
                 Ok(Launched {
                     kernel: name(function)?,
                     grid: [params.gridDimX, params.gridDimY, params.gridDimZ],
@@ -88,7 +58,7 @@ impl Cuda {
                     dynamic_shared_bytes: shared,
                     attributes: attributes(function)?,
                     blocks_per_multiprocessor: blocks,
-                    occupancy: running / f64::from(threads.max(1)),
+                    occupancy,
                 })
             })
             .collect()
@@ -158,7 +128,7 @@ fn name(function: sys::CUfunction) -> Result<String> {
 
 /// As it stands in the source, without parameters, result and anonymous namespaces; a name of C stays as it is.
 fn demangled(name: &str) -> String {
-    let options = DemangleOptions::new().no_params().no_return_type();
+    let options = DemangleOptions::new().no_params().no_return_type().hide_expression_literal_types();
     let symbol = Symbol::new(name).ok().and_then(|symbol| symbol.demangle_with_options(&options).ok());
     symbol.map_or_else(|| name.into(), |text| text.replace("(anonymous namespace)::", ""))
 }
@@ -168,28 +138,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_statistics_of_a_kernel_are_one_line() {
-        let attributes = Attributes { registers: 40, local_bytes: 0, static_shared_bytes: 1024, most_threads: 1024 };
-        let launched = Launched {
-            kernel: "k".into(),
-            grid: [7, 1, 1],
-            block: [64, 1, 1],
-            dynamic_shared_bytes: 512,
-            attributes,
-            blocks_per_multiprocessor: 8,
-            occupancy: 0.25,
-        };
-        assert_eq!(
-            launched.to_string(),
-            "k: grid 7x1x1, block 64x1x1; 40 registers, none spilt; shared memory 1024 + 512 bytes; 8 blocks a \
-             multiprocessor, occupancy 25 %"
-        );
-    }
-
-    #[test]
     fn names_are_those_of_the_source() {
         assert_eq!(demangled("toy"), "toy");
         assert_eq!(demangled("_ZN12_GLOBAL__N_14scanILi256EfEEvPT0_m"), "scan<256, float>");
         assert_eq!(demangled("_Z4fillPfi"), "fill");
+        assert_eq!(demangled("_Z4normILj2ELb0EEvPf"), "norm<2, false>");
     }
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use super::case::{Case, Way};
 use super::check::{Answers, Difference};
 use super::models::Model;
-use super::outcome::{Ceilings, Outcome, Times, row};
+use super::outcome::{Ceilings, Outcome, Times, row, with_launched};
 use super::set::{Dev, Set};
 use super::values::Inputs;
 use crate::backend::Needs;
@@ -215,7 +215,7 @@ impl<'a> Gpu<'a> {
             let times = if refused.is_none() { Times::of(seconds) } else { None };
             let card = &self.cuda.device().name;
             let row = row(case, case.ways[w].name, times, self.ceilings, environment, card, checked);
-            Outcome { row, refused, launched }
+            Outcome { row: with_launched(row, &launched), refused, launched }
         };
         Ok(runs.into_iter().map(outcome).collect())
     }

@@ -95,12 +95,48 @@ pub fn row(
         floor_us,
         percent_of_floor: 100.0 * per(floor_us),
         checked,
+        ..KernelRow::default()
+    }
+}
+
+/// The columns that tell of the kernels launched.
+#[cfg(feature = "cuda")]
+pub fn with_launched(row: KernelRow, launched: &[Launched]) -> KernelRow {
+    let most = |of: fn(&Launched) -> u32| launched.iter().map(of).max();
+    KernelRow {
+        launches: Some(launched.len()).filter(|n| *n > 0),
+        registers: most(|l| l.attributes.registers),
+        local_bytes: most(|l| l.attributes.local_bytes),
+        shared_bytes: most(|l| l.attributes.static_shared_bytes + l.dynamic_shared_bytes),
+        occupancy: launched.iter().map(|l| l.occupancy).min_by(f64::total_cmp),
+        ..row
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(feature = "cuda")]
+    use crate::backend::cuda::module::Attributes;
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn of_several_kernels_the_row_has_the_worst() {
+        let kernel = |registers, static_shared_bytes, dynamic_shared_bytes, occupancy| Launched {
+            kernel: "k".into(),
+            grid: [1; 3],
+            block: [32, 1, 1],
+            dynamic_shared_bytes,
+            attributes: Attributes { registers, local_bytes: 0, static_shared_bytes, most_threads: 1024 },
+            blocks_per_multiprocessor: 1,
+            occupancy,
+        };
+        let row = with_launched(KernelRow::default(), &[kernel(168, 0, 9000, 0.25), kernel(32, 64, 9000, 1.0)]);
+        assert_eq!((row.launches, row.registers, row.local_bytes), (Some(2), Some(168), Some(0)));
+        assert_eq!((row.shared_bytes, row.occupancy), (Some(9064), Some(0.25)));
+        let none = with_launched(KernelRow::default(), &[]);
+        assert_eq!(none, KernelRow::default());
+    }
 
     #[test]
     fn the_slower_of_moving_and_multiplying_is_the_floor() {

@@ -38,6 +38,8 @@ function show(value) {
   return size >= 100 ? value.toFixed(1) : String(Number(value.toPrecision(3)));
 }
 const measured = (value) => (value > 0 ? show(value) : "–");
+const whole = (value) => (Number.isFinite(value) ? value.toLocaleString("en") : "–");
+const percent = (value) => (Number.isFinite(value) ? `${Math.round(100 * value)} %` : "–");
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
@@ -78,6 +80,7 @@ function describe(row) {
   if (row.tflop_per_s > 0) parts.push(`${show(row.tflop_per_s)} TFLOP/s`);
   if (row.gb_per_s > 0) parts.push(`${show(row.gb_per_s)} GB/s`);
   if (row.percent_of_floor > 0) parts.push(`${show(row.percent_of_floor)} % of the floor`);
+  if (row.registers > 0) parts.push(`${row.registers} registers, occupancy ${percent(row.occupancy)}`);
   return parts.join(" · ");
 }
 

@@ -117,6 +117,7 @@ mod gpu {
 
     use halfbyte::backend::cuda::Cuda;
     use halfbyte::backend::cuda::device::Driver;
+    use halfbyte::backend::cuda::launched::Launched;
     use halfbyte::bench::candidate::Source;
     use halfbyte::bench::candidate::program::Program;
     use halfbyte::bench::candidate::verdict::{Finish, ranking, verdict};
@@ -226,6 +227,30 @@ mod gpu {
         watch(file, &*interrupt::install()?, &mut start)
     }
 
+    /// Lines of a table: what each way launches, a kernel that comes several times in a row once.
+    fn kernels(all: &[Outcome]) -> Vec<Vec<String>> {
+        let head = ["runs", "", "grid", "block", "registers", "local bytes", "shared bytes", "occupancy"];
+        let mut lines = vec![head.map(String::from).to_vec()];
+        for outcome in all {
+            for same in outcome.launched.chunk_by(|a, b| a == b) {
+                let Launched { kernel, grid, block, dynamic_shared_bytes, attributes, occupancy, .. } = &same[0];
+                let times = if same.len() > 1 { format!("{} x ", same.len()) } else { String::new() };
+                let size = |s: &[u32; 3]| format!("{}x{}x{}", s[0], s[1], s[2]);
+                lines.push(vec![
+                    outcome.row.implementation.clone(),
+                    format!("{times}{}", if kernel.is_empty() { "a kernel" } else { kernel }),
+                    size(grid),
+                    size(block),
+                    attributes.registers.to_string(),
+                    attributes.local_bytes.to_string(),
+                    format!("{} + {dynamic_shared_bytes}", attributes.static_shared_bytes),
+                    format!("{:.0} %", 100.0 * occupancy),
+                ]);
+            }
+        }
+        lines
+    }
+
     /// What is shown and kept of a race.
     struct Report<'a> {
         args: &'a OpArgs,
@@ -309,10 +334,8 @@ mod gpu {
                     put!(out, "  {} is refused: {difference}", finish.way)?;
                 }
             }
-            for outcome in all {
-                for launched in &outcome.launched {
-                    put!(out, "  {} runs {launched}", outcome.row.implementation)?;
-                }
+            for line in table(&kernels(all), &[2, 3, 4, 5, 6, 7]) {
+                put!(out, "  {line}")?;
             }
             put!(out, "  {verdict}")?;
             out.flush()
@@ -328,6 +351,34 @@ mod gpu {
             }
             self.out.flush()?;
             self.wrong.map_or(Ok(()), Err)
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use halfbyte::backend::cuda::module::Attributes;
+
+        use super::*;
+
+        #[test]
+        fn a_kernel_that_runs_three_times_is_one_line() {
+            let attributes =
+                Attributes { registers: 40, local_bytes: 16, static_shared_bytes: 1024, most_threads: 1024 };
+            let one = Launched {
+                kernel: "k".into(),
+                grid: [7, 1, 1],
+                block: [64, 1, 1],
+                dynamic_shared_bytes: 512,
+                attributes,
+                blocks_per_multiprocessor: 8,
+                occupancy: 0.25,
+            };
+            let other = Launched { kernel: String::new(), ..one.clone() };
+            let row = KernelRow { implementation: "own".into(), ..KernelRow::default() };
+            let lines =
+                kernels(&[Outcome { row, refused: None, launched: vec![one.clone(), one.clone(), one, other] }]);
+            assert_eq!(lines[1].join(" | "), "own | 3 x k | 7x1x1 | 64x1x1 | 40 | 16 | 1024 + 512 | 25 %");
+            assert_eq!((lines.len(), lines[2][1].as_str()), (3, "a kernel"));
         }
     }
 }
