@@ -104,45 +104,49 @@ class Clock:
     def seconds(self, op, samples, graph=False, before=None):
         """Of each sample, sorted. `graph`: as a CUDA graph if that can be. `before`: run ahead of the op and not timed; the
         op takes its result. Without a graph it runs once, and the op many times on that."""
-        ready = before() if before else None
-        once = (lambda: op(ready)) if before else op
-        if not self.cuda:
-            return sorted(self.host_seconds(once) for _ in range(samples))
-        cuda = self.torch.cuda
-        for _ in range(3):
-            once()
-        cuda.synchronize()
-        recorded = self.record(op, before) if graph else None
+        recorded = self.record(op, before) if graph and self.cuda else None
         if recorded:
             return sorted([self.replay(*recorded) for _ in range(samples + 2)][2:])
-        op = once
-        enqueue = max(self.host_seconds(op) for _ in range(2))
+        ready = before() if before else None
+        run = (lambda: op(ready)) if before else op
+        if not self.cuda:
+            return sorted(self.host_seconds(run) for _ in range(samples))
+        cuda = self.torch.cuda
+        for _ in range(3):
+            run()
+        cuda.synchronize()
+        enqueue = max(self.host_seconds(run) for _ in range(2))
         cuda.synchronize()
         spin = int(min(2 * enqueue + 50e-6, 20e-3) * self.cycles_per_s)
-        events = []
-        for _ in range(3 * samples):
-            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        ahead, behind = [], []
+        while len(ahead) < samples and len(ahead) + len(behind) < 3 * samples:
+            events = [cuda.Event(enable_timing=True) for _ in range(2)]
             self.torch.sum(self.flush, dim=0, out=self.sum)
             cuda._sleep(spin)
-            start.record()
-            op()
-            end.record()
-            # Where the GPU has begun before all was enqueued, it has waited for the host.
-            if not start.query():
-                events.append((start, end))
-            if len(events) == samples:
-                break
+            events[0].record()
+            run()
+            events[1].record()
+            # Where the GPU has begun before all was enqueued, it may have waited for the host.
+            (behind if events[0].query() else ahead).append(events)
         cuda.synchronize()
-        if not events:
-            raise RuntimeError("the host never was ahead of the GPU")
-        return sorted(start.elapsed_time(end) / 1e3 for start, end in events)
+        # An op that waits for the GPU itself never gets ahead: its waits are part of it.
+        best = (ahead + behind)[:samples]
+        return sorted(start.elapsed_time(end) / 1e3 for start, end in best)
 
     def record(self, op, before):
-        """A graph of the op between two events; None if it cannot be recorded. The cache is flushed behind `before`."""
-        cuda, graph = self.torch.cuda, self.torch.cuda.CUDAGraph()
+        """A graph of the op between two events; None if it cannot be recorded. The cache is flushed behind `before`.
+
+        It is tried out in the stream that records: autograd ties what it makes to the stream of its first use."""
+        cuda, graph, stream = self.torch.cuda, self.torch.cuda.CUDAGraph(), self.torch.cuda.Stream()
+        run = (lambda: op(before())) if before else op
         try:
+            stream.wait_stream(cuda.current_stream())
+            with cuda.stream(stream):
+                for _ in range(3):
+                    run()
+            cuda.synchronize()
             start, end = (cuda.Event(enable_timing=True, external=True) for _ in range(2))
-            with cuda.graph(graph, capture_error_mode="thread_local"):
+            with cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 ready = before() if before else None
                 self.torch.sum(self.flush, dim=0, out=self.sum)
                 start.record()
