@@ -1,11 +1,11 @@
 // The table of all kernels: filtered and sorted whole, rows made as they scroll into view.
 
 const COLUMNS = [
-  ["op", "op"], ["shape", "shape"], ["model", "model"], ["T", "tokens", show], ["tool", "tool"], ["implementation", "implementation"],
+  ["op", "op"], ["shape", "shape"], ["model", "model"], ["T", "tokens", whole], ["tool", "tool"], ["implementation", "implementation"],
   ["µs", "median_us", show], ["least", "least_us", measured], ["most", "most_us", measured], ["floor, µs", "floor_us", measured],
   ["% of floor", "percent_of_floor", measured], ["GB/s", "gb_per_s", measured], ["TFLOP/s", "tflop_per_s", measured],
   ["kernels", "launches", whole], ["registers", "registers", whole], ["local, B", "local_bytes", whole], ["shared, B", "shared_bytes", whole],
-  ["occupancy", "occupancy", percent], ["SM MHz", "sm_mhz", whole], ["checked", "checked", measured], ["card", "card"], ["commit", "commit"], ["date", "date"],
+  ["occupancy", "occupancy", percent], ["SM MHz", "sm_mhz", whole], ["checked", "checked", (count) => (count > 0 ? whole(count) : "–")], ["card", "card"], ["commit", "commit"], ["date", "date"],
 ];
 const CHUNK = 150;
 
