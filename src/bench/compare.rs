@@ -259,9 +259,9 @@ pub fn compare(old_path: &Path, new_path: &Path) -> Result<Comparison> {
     between(&Times::read(old_path)?, old_path, &Times::read(new_path)?, new_path)
 }
 
-/// The same of rows that were measured just now. Errors as [`compare`].
-pub fn against(old_path: &Path, rows: &[KernelRow]) -> Result<Comparison> {
-    between(&Times::read(old_path)?, old_path, &Times::of(rows), Path::new("this run"))
+/// The same of rows that were measured just now and those of `old_path`. [`Error::Input`] if they have none in common.
+pub fn against(old_path: &Path, old: &[KernelRow], rows: &[KernelRow]) -> Result<Comparison> {
+    between(&Times::of(old), old_path, &Times::of(rows), Path::new("this run"))
 }
 
 fn between(old: &Times, old_path: &Path, new: &Times, new_path: &Path) -> Result<Comparison> {

@@ -1,5 +1,7 @@
 //! `halfbyte bench kernels` on the CPU.
 
+use halfbyte::bench::results::{KernelRow, append, read_rows};
+
 use crate::halfbyte;
 
 const TOY: [&str; 6] = ["bench", "kernels", "--device", "cpu", "--model", "toy"];
@@ -23,11 +25,47 @@ fn rows_are_printed_kept_and_compared_with_those_before() {
         }
         assert!(row["least_us"].as_f64() <= row["median_us"].as_f64(), "{row}");
     }
-    let kept = halfbyte::bench::results::read_rows::<halfbyte::bench::results::KernelRow>(&csv).unwrap();
+    let kept = read_rows::<KernelRow>(&csv).unwrap();
     assert_eq!(kept.len(), rows.len());
     let run = halfbyte(args(&[&ops[..], &["--compare", path]].concat()));
     let text = run.ok();
     assert!(text.contains("% floor") && text.contains("compared"), "{text}");
+}
+
+/// The rows of before are those of the file as it was, also where it takes the new ones.
+#[test]
+fn a_file_that_is_appended_to_is_compared_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let csv = dir.path().join("kernels.csv");
+    let path = csv.to_str().unwrap();
+    let run = args(&["--op", "rope_forward", "--tokens", "16", "--json", "--csv", path]);
+    halfbyte(&run).ok();
+    let mut rows: Vec<KernelRow> = read_rows(&csv).unwrap();
+    for row in &mut rows {
+        [row.median_us, row.least_us, row.most_us] = [row.median_us, row.least_us, row.most_us].map(|us| 1e6 * us);
+    }
+    std::fs::remove_file(&csv).unwrap();
+    append(&csv, &rows).unwrap();
+    let value = halfbyte([&run[..], &["--compare", path]].concat()).json();
+    let pairs = value["comparison"]["pairs"].as_array().unwrap();
+    assert!(pairs.len() == rows.len() && pairs.iter().all(|pair| pair["moved"] == "faster"), "{value}");
+    assert_eq!(read_rows::<KernelRow>(&csv).unwrap().len(), 2 * rows.len());
+}
+
+#[test]
+fn rows_that_cannot_be_compared_are_not_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let csv = dir.path().join("other.csv");
+    append(&csv, &[KernelRow { card: "another card".into(), op: "rope_forward".into(), ..KernelRow::default() }])
+        .unwrap();
+    let run = args(&["--op", "rope_forward", "--tokens", "16", "--compare", csv.to_str().unwrap()]);
+    let told = halfbyte([&run[..], &["--json"]].concat());
+    told.fails(2, &["other.csv", "another card"]);
+    let value: serde_json::Value = serde_json::from_str(&told.stdout).unwrap();
+    assert!(value["rows"].as_array().is_some_and(|rows| !rows.is_empty()) && value["comparison"].is_null(), "{value}");
+    let told = halfbyte(&run);
+    told.fails(2, &["other.csv", "another card"]);
+    assert!(told.stdout.contains("every one checked"), "{told:?}");
 }
 
 #[test]

@@ -97,9 +97,12 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
     if let Some(path) = &args.csv {
         results::can_append::<KernelRow>(path)?;
     }
-    if let Some(path) = &args.compare {
-        results::read_rows::<KernelRow>(path)?;
-    }
+    // As it is now: it may be the file that the rows go to.
+    let old = args
+        .compare
+        .as_deref()
+        .map(|path| Ok::<_, Error>((path, results::read_rows::<KernelRow>(path)?)))
+        .transpose()?;
     let mut table = Table::new(args);
     match picked {
         #[cfg(feature = "cuda")]
@@ -121,7 +124,7 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
             }
         }
     }
-    table.finish(args.compare.as_deref())
+    table.finish(old)
 }
 
 /// An implementation that is named must be one of those there are.
@@ -262,24 +265,25 @@ impl<'a> Table<'a> {
         Ok(())
     }
 
-    /// [`Error::Cuda`] if a row was refused: the kernel is wrong.
-    fn finish(mut self, old: Option<&Path>) -> Result<()> {
-        if !self.json {
+    /// Compares with rows of before, if there are, and their file. [`Error::Cuda`] if a row was refused: the kernel is wrong.
+    fn finish(mut self, old: Option<(&Path, Vec<KernelRow>)>) -> Result<()> {
+        let moved = old.map(|(path, old)| (path, compare::against(path, &old, &self.rows)));
+        if self.json {
+            let json = match &moved {
+                Some((_, moved)) => json!({ "rows": self.rows, "comparison": moved.as_ref().ok() }),
+                None => json!(self.rows),
+            };
+            self.out.json(&json)?;
+        } else {
             put!(self.out, "\n{} rows, every one checked against the host", self.rows.len())?;
-        }
-        let moved = old.map(|old| compare::against(old, &self.rows)).transpose()?;
-        match (moved, old) {
-            (Some(moved), _) if self.json => self.out.json(&json!({ "rows": self.rows, "comparison": moved }))?,
-            (None, _) if self.json => self.out.json(&json!(self.rows))?,
-            (Some(moved), Some(old)) => {
-                put!(self.out, "\nagainst {}:", old.display())?;
-                super::compare::print(&mut self.out, (old, Path::new("this run")), false, &moved)?;
+            if let Some((path, Ok(moved))) = &moved {
+                put!(self.out, "\nagainst {}:", path.display())?;
+                super::compare::print(&mut self.out, (path, Path::new("this run")), false, moved)?;
             }
-            _ => {}
         }
         self.out.flush()?;
         match self.refused.first() {
-            None => Ok(()),
+            None => moved.map_or(Ok(()), |(_, moved)| moved.map(drop)),
             Some(first) => Err(Error::Cuda {
                 op: "bench kernels".into(),
                 detail: format!("{} rows are wrong, the first: {first}", self.refused.len()),
