@@ -145,11 +145,23 @@ impl Comparison {
 /// A row whose time can be compared.
 trait Timed: Row {
     const UNIT: &'static str;
-    fn times(&self) -> Vec<(Key, Time)>;
+    /// Of each phase; "" where there is but one.
+    fn times(&self) -> Vec<(&'static str, Time)>;
 }
 
-macro_rules! key {
-    ($($column:literal: $value:expr),+ $(,)?) => { Key(vec![$(($column, $value.to_string())),+]) };
+impl Key {
+    fn of<R: Timed>(row: &R, phase: &str) -> Self {
+        let cells = results::cells(row, R::MEASURED);
+        let mut key: Vec<(&'static str, String)> = R::MEASURED.iter().copied().zip(cells).collect();
+        for (_, cell) in key.iter_mut().filter(|(column, _)| *column == "tool") {
+            *cell = tool(cell).into();
+        }
+        if !phase.is_empty() {
+            // The card stays last.
+            key.insert(key.len() - 1, ("phase", phase.into()));
+        }
+        Self(key)
+    }
 }
 
 /// "bitsandbytes 0.50.2" is bitsandbytes; tables were halfbyte's own before they named a tool.
@@ -159,54 +171,36 @@ fn tool(text: &str) -> &str {
 
 impl Timed for KernelRow {
     const UNIT: &'static str = "us";
-    fn times(&self) -> Vec<(Key, Time)> {
-        let key = key! {
-            "tool": tool(&self.tool), "model": self.model, "op": self.op, "shape": self.shape,
-            "implementation": self.implementation, "card": self.card,
-        };
-        vec![(key, Time::new(self.median_us, self.least_us, self.most_us))]
+    fn times(&self) -> Vec<(&'static str, Time)> {
+        vec![("", Time::new(self.median_us, self.least_us, self.most_us))]
     }
 }
 
 impl Timed for StepRow {
     const UNIT: &'static str = "ms";
-    fn times(&self) -> Vec<(Key, Time)> {
-        let key = key! {
-            "tool": tool(&self.tool), "shape": self.shape, "batch": self.batch, "length": self.length,
-            "gradient_checkpointing": self.gradient_checkpointing, "memory": self.memory, "r": self.r,
-            "lora_dropout": self.lora_dropout, "optim": self.optim, "card": self.card,
-        };
-        vec![(key, Time::new(self.ms, self.ms_min, self.ms_max))]
+    fn times(&self) -> Vec<(&'static str, Time)> {
+        vec![("", Time::new(self.ms, self.ms_min, self.ms_max))]
     }
 }
 
 impl Timed for StepOpRow {
     const UNIT: &'static str = "ms";
-    fn times(&self) -> Vec<(Key, Time)> {
-        let key = key! {
-            "tool": tool(&self.tool), "shape": self.shape, "batch": self.batch, "length": self.length,
-            "gradient_checkpointing": self.gradient_checkpointing, "memory": self.memory, "op": self.op,
-            "card": self.card,
-        };
-        vec![(key, Time::alone(self.op_ms))]
+    fn times(&self) -> Vec<(&'static str, Time)> {
+        vec![("", Time::alone(self.op_ms))]
     }
 }
 
 impl Timed for DecodeRow {
     const UNIT: &'static str = "ms";
-    fn times(&self) -> Vec<(Key, Time)> {
-        let key = key! {
-            "shape": self.shape, "past": self.past, "tokens": self.tokens, "r": self.r, "card": self.card,
-        };
-        vec![(key, Time::new(self.ms, self.ms_min, self.ms_max))]
+    fn times(&self) -> Vec<(&'static str, Time)> {
+        vec![("", Time::new(self.ms, self.ms_min, self.ms_max))]
     }
 }
 
 impl Timed for LoadRow {
     const UNIT: &'static str = "s";
-    fn times(&self) -> Vec<(Key, Time)> {
-        let key = |phase: &str| key! { "model": self.model, "phase": phase, "card": self.card };
-        vec![(key("cold"), Time::alone(self.cold_seconds)), (key("warm"), Time::alone(self.warm_seconds))]
+    fn times(&self) -> Vec<(&'static str, Time)> {
+        vec![("cold", Time::alone(self.cold_seconds)), ("warm", Time::alone(self.warm_seconds))]
     }
 }
 
@@ -228,19 +222,11 @@ impl Times {
         })
     }
 
-    /// Files are appended to: of several rows with one key the last counts.
+    /// Of several rows with one key the last counts.
     fn of<R: Timed>(all: &[R]) -> Self {
-        let mut rows: Vec<(Key, Time)> = vec![];
-        let mut places = HashMap::new();
-        for (key, time) in all.iter().flat_map(Timed::times) {
-            match places.get(&key) {
-                Some(&place) => rows[place] = (key, time),
-                None => {
-                    places.insert(key.clone(), rows.len());
-                    rows.push((key, time));
-                }
-            }
-        }
+        let times =
+            |row: &R| row.times().into_iter().map(|(phase, time)| (Key::of(row, phase), time)).collect::<Vec<_>>();
+        let rows = results::last_of_each(all.iter().flat_map(times), |(key, _)| key.clone());
         Self { table: R::TABLE, unit: R::UNIT, rows }
     }
 

@@ -3,12 +3,16 @@
 //! A table's kind is told by its columns. Files of earlier versions lack some columns: these read as their default. A file
 //! is only appended to by rows of exactly its columns, so that none is ever misaligned.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::{File, OpenOptions};
+use std::hash::Hash;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 
@@ -18,6 +22,37 @@ pub trait Row: Serialize + DeserializeOwned + Default {
     const TABLE: &'static str;
     /// Columns that tell this table from the others.
     const KEYS: &'static [&'static str];
+    /// Columns that say what was measured and on what, the card last. With the commit they are a row's name.
+    const MEASURED: &'static [&'static str];
+}
+
+/// The cells of some columns as text, "" where there is nothing.
+pub fn cells(row: &impl Row, columns: &[&str]) -> Vec<String> {
+    let row = serde_json::to_value(row).unwrap_or_default();
+    let cell = |column: &&str| match &row[*column] {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        // 0, not 0.0.
+        Value::Number(n) if n.is_f64() => n.as_f64().unwrap_or_default().to_string(),
+        other => other.to_string(),
+    };
+    columns.iter().map(cell).collect()
+}
+
+/// Rows whose key none behind them has, each in the place of the first. Files are appended to: the last counts.
+pub fn last_of_each<T, K: Eq + Hash>(rows: impl IntoIterator<Item = T>, key: impl Fn(&T) -> K) -> Vec<T> {
+    let mut places: HashMap<K, usize> = HashMap::new();
+    let mut kept = vec![];
+    for row in rows {
+        match places.entry(key(&row)) {
+            Entry::Occupied(place) => kept[*place.get()] = row,
+            Entry::Vacant(place) => {
+                place.insert(kept.len());
+                kept.push(row);
+            }
+        }
+    }
+    kept
 }
 
 /// One implementation of one op at one shape: `halfbyte bench kernels`, `bench OP --candidate`, scripts/peers.
@@ -174,18 +209,35 @@ pub struct LoadRow {
 }
 
 macro_rules! row {
-    ($type:ty, $table:literal, $($key:literal),+) => {
+    ($type:ty, $table:literal, $keys:expr, $measured:expr) => {
         impl Row for $type {
             const TABLE: &'static str = $table;
-            const KEYS: &'static [&'static str] = &[$($key),+];
+            const KEYS: &'static [&'static str] = &$keys;
+            const MEASURED: &'static [&'static str] = &$measured;
         }
     };
 }
-row!(KernelRow, "kernels", "op", "implementation", "median_us");
-row!(StepRow, "steps", "shape", "batch", "length", "tokens_per_second");
-row!(StepOpRow, "step ops", "shape", "batch", "length", "op", "op_ms");
-row!(DecodeRow, "decode", "shape", "past", "tokens_per_second");
-row!(LoadRow, "load", "model", "disk_gb_per_s");
+row!(
+    KernelRow,
+    "kernels",
+    ["op", "implementation", "median_us"],
+    // A shape tells its tokens.
+    ["tool", "model", "op", "shape", "implementation", "card"]
+);
+row!(
+    StepRow,
+    "steps",
+    ["shape", "batch", "length", "tokens_per_second"],
+    ["tool", "shape", "batch", "length", "gradient_checkpointing", "memory", "r", "lora_dropout", "optim", "card"]
+);
+row!(
+    StepOpRow,
+    "step ops",
+    ["shape", "batch", "length", "op", "op_ms"],
+    ["tool", "shape", "batch", "length", "gradient_checkpointing", "memory", "op", "card"]
+);
+row!(DecodeRow, "decode", ["shape", "past", "tokens_per_second"], ["shape", "past", "tokens", "r", "card"]);
+row!(LoadRow, "load", ["model", "disk_gb_per_s"], ["model", "card"]);
 
 /// A measured value as it goes into a row: six significant digits, for the rest is noise.
 pub fn figure(value: f64) -> f64 {

@@ -13,13 +13,11 @@ mod steps;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
-
 use minijinja::Environment;
 use minijinja::value::{Serde, Value};
 use serde_json::json;
 
-use super::results::{DecodeRow, KernelRow, LoadRow, Row, StepOpRow, StepRow, Table};
+use super::results::{self, DecodeRow, KernelRow, LoadRow, Row, StepOpRow, StepRow, Table};
 
 /// The rows that a page shows, by table.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -30,26 +28,6 @@ pub struct Report {
     decode: Vec<DecodeRow>,
     load: Vec<LoadRow>,
 }
-
-/// Columns that say what was measured on what. Of rows that agree in them the last counts: files are appended to.
-const KERNEL_KEY: &[&str] = &["tool", "commit", "card", "model", "op", "shape", "tokens", "implementation"];
-const STEP_KEY: &[&str] = &[
-    "tool",
-    "commit",
-    "card",
-    "shape",
-    "batch",
-    "length",
-    "gradient_checkpointing",
-    "memory",
-    "r",
-    "lora_dropout",
-    "optim",
-];
-const STEP_OP_KEY: &[&str] =
-    &["tool", "commit", "card", "shape", "batch", "length", "gradient_checkpointing", "memory", "op"];
-const DECODE_KEY: &[&str] = &["commit", "card", "shape", "past", "tokens", "r"];
-const LOAD_KEY: &[&str] = &["commit", "card", "model"];
 
 impl Report {
     /// The rows of these tables, in their order.
@@ -70,11 +48,11 @@ impl Report {
         let tools = tools.chain(all.step_ops.iter_mut().map(|r| &mut r.tool));
         tools.filter(|tool| tool.is_empty()).for_each(|tool| *tool = "halfbyte".into());
         Self {
-            kernels: last_of_each(all.kernels, KERNEL_KEY),
-            steps: last_of_each(all.steps, STEP_KEY),
-            step_ops: last_of_each(all.step_ops, STEP_OP_KEY),
-            decode: last_of_each(all.decode, DECODE_KEY),
-            load: last_of_each(all.load, LOAD_KEY),
+            kernels: last_of_each(all.kernels),
+            steps: last_of_each(all.steps),
+            step_ops: last_of_each(all.step_ops),
+            decode: last_of_each(all.decode),
+            load: last_of_each(all.load),
         }
     }
 
@@ -112,20 +90,8 @@ impl Report {
     }
 }
 
-/// Rows whose key none behind them has, in their order.
-fn last_of_each<R: Row>(rows: Vec<R>, key: &[&str]) -> Vec<R> {
-    let mut places: HashMap<String, usize> = HashMap::new();
-    let mut kept: Vec<R> = vec![];
-    for row in rows {
-        let cells = serde_json::to_value(&row).unwrap_or_default();
-        let cells: Vec<_> = key.iter().map(|column| &cells[*column]).collect();
-        match places.entry(json!(cells).to_string()) {
-            std::collections::hash_map::Entry::Occupied(place) => kept[*place.get()] = row,
-            std::collections::hash_map::Entry::Vacant(place) => {
-                place.insert(kept.len());
-                kept.push(row);
-            }
-        }
-    }
-    kept
+/// Of rows that measured the same at the same commit the last.
+fn last_of_each<R: Row>(rows: Vec<R>) -> Vec<R> {
+    let columns = [R::MEASURED, &["commit"]].concat();
+    results::last_of_each(rows, |row| results::cells(row, &columns))
 }
