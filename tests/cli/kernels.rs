@@ -90,6 +90,8 @@ fn what_names_no_row_is_refused() {
     halfbyte(args(&["--tokens", "0"])).fails(2, &["--tokens"]);
     halfbyte(args(&["--shape", "nonsense"])).fails(2, &["--shape", "no case"]);
     halfbyte(args(&["--implementation", "magic"])).fails(2, &["--implementation", "magic", "thread"]);
+    halfbyte(args(&["--op", "adamw_8bit", "--op", "bias_rows"]))
+        .fails(2, &["bias_rows, adamw_8bit", "CPU backend has no"]);
     halfbyte(args(&["--compare", "/nonexistent.csv"])).fails(2, &["/nonexistent.csv"]);
     halfbyte(args(&["--csv", "/nonexistent/a.csv"])).fails(1, &["/nonexistent/a.csv", "cannot open"]);
 }

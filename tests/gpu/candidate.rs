@@ -15,7 +15,7 @@ use halfbyte::bench::kernels::ops;
 use halfbyte::{Error, Result};
 use libtest_mimic::Trial;
 
-use crate::support::Outcome;
+use crate::support::{Outcome, unless};
 
 pub fn trials() -> Vec<Trial> {
     let missing = Nvrtc::get().err().map(|why| why.to_string());
@@ -31,11 +31,7 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("candidate/several_launches_run_in_order", several),
         Trial::test("candidate/the_statistics_are_those_of_the_code", statistics),
     ];
-    let known = |trial: Trial| match &missing {
-        Some(why) => trial.with_kind(why.clone()).with_ignored_flag(true),
-        None => trial,
-    };
-    trials.into_iter().map(known).collect()
+    trials.into_iter().map(|trial| unless(missing.as_ref(), trial)).collect()
 }
 
 fn toy() -> Result<Case, String> {

@@ -14,7 +14,7 @@ use halfbyte::bench::kernels::models::{MODELS, Model, TOY};
 use halfbyte::bench::kernels::ops::{self, Op};
 use libtest_mimic::Trial;
 
-use crate::support::Outcome;
+use crate::support::{Outcome, unless};
 
 pub fn trials() -> Vec<Trial> {
     let mut trials: Vec<Trial> = ops::all()
@@ -30,10 +30,7 @@ pub fn trials() -> Vec<Trial> {
     let missing = Nvrtc::get().err().map(|why| why.to_string());
     for op in ops::all().into_iter().filter(|op| op.starter.is_some()) {
         let trial = Trial::test(format!("starters/{}", op.name), move || starter(op));
-        trials.push(match &missing {
-            Some(why) => trial.with_kind(why.clone()).with_ignored_flag(true),
-            None => trial,
-        });
+        trials.push(unless(missing.as_ref(), trial));
     }
     trials.push(Trial::test("kernels/a_wrong_kernel_is_refused_and_a_right_one_timed", refusal));
     trials

@@ -84,10 +84,7 @@ fn main() {
     alone.extend(candidate::trials());
 
     let missing = Cuda::open(0).err().map(|why| why.to_string());
-    let known = |trial: Trial| match &missing {
-        Some(why) => trial.with_kind(why.clone()).with_ignored_flag(true),
-        None => trial,
-    };
+    let known = |trial: Trial| support::unless(missing.as_ref(), trial);
     let beside_each_other = libtest_mimic::run(&args, trials.into_iter().map(known).collect());
     let one_by_one = Arguments { test_threads: Some(1), ..args };
     let alone = libtest_mimic::run(&one_by_one, alone.into_iter().map(known).collect());

@@ -5,10 +5,18 @@ use half::bf16;
 use halfbyte::Error;
 use halfbyte::backend::cuda::Cuda;
 use halfbyte::backend::cuda::memory::Buffer;
-use libtest_mimic::Failed;
+use libtest_mimic::{Failed, Trial};
 
 /// What a test returns: the message of a failure converts into it.
 pub type Outcome = Result<(), Failed>;
+
+/// The trial; reported as ignored, with the reason in brackets before its name, where something that it needs is missing.
+pub fn unless(missing: Option<&String>, trial: Trial) -> Trial {
+    match missing {
+        Some(why) => trial.with_kind(why.clone()).with_ignored_flag(true),
+        None => trial,
+    }
+}
 
 /// Fails unless the two are equal, bit for bit; names the first place where they are not.
 pub fn same<T: bytemuck::Pod>(what: &str, found: &[T], expected: &[T]) -> Outcome {

@@ -254,6 +254,11 @@ pub enum HostBuffer {
     U8(Vec<u8>),
 }
 
+/// Where a launch gets buffers that are not those of its case's arguments: a mistake in the op's file, which its test finds.
+pub fn undeclared() -> ! {
+    panic!("the buffers are not of the types that the case declares")
+}
+
 /// One run of the op by the CPU backend, on buffers in the order of the case's arguments.
 pub type CpuLaunch = Arc<dyn Fn(&mut Cpu, &mut [HostBuffer]) -> Result<()> + Send + Sync>;
 

@@ -58,13 +58,17 @@ pub struct Difference {
     pub compared: usize,
 }
 
+impl Difference {
+    /// What was expected, and how much else is wrong.
+    pub fn expectation(&self) -> String {
+        let Self { expected: Expected { value, tolerance }, wrong, compared, .. } = self;
+        format!("{value:?} within {tolerance:.3e} ({wrong} of {compared} elements compared are wrong)")
+    }
+}
+
 impl std::fmt::Display for Difference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { place, found, expected: Expected { value, tolerance }, wrong, compared } = self;
-        write!(
-            f,
-            "{place} is {found:?}, expected {value:?} within {tolerance:.3e} ({wrong} of {compared} elements compared are wrong)"
-        )
+        write!(f, "{} is {:?}, expected {}", self.place, self.found, self.expectation())
     }
 }
 

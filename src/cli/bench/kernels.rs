@@ -6,8 +6,9 @@ use clap::Args;
 #[cfg(feature = "cuda")]
 use halfbyte::backend::cuda::Cuda;
 use halfbyte::bench::compare;
+use halfbyte::bench::kernels::case::Case;
 #[cfg(feature = "cuda")]
-use halfbyte::bench::kernels::case::{Case, Way};
+use halfbyte::bench::kernels::case::Way;
 #[cfg(feature = "cuda")]
 use halfbyte::bench::kernels::gpu::Gpu;
 use halfbyte::bench::kernels::models::{MODELS, TOKENS};
@@ -106,23 +107,8 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
     let mut table = Table::new(args);
     match picked {
         #[cfg(feature = "cuda")]
-        Picked::Cuda(mut cuda) => gpu(&mut cuda, groups, &filter, &mut table)?,
-        Picked::Cpu(_) => {
-            note(format_args!("no GPU is used: the CPU backend races, in f32; rows say nothing of any GPU"));
-            let mut race = cpu::Race::new(args.device.threads);
-            known(&filter, &race.names())?;
-            table.ceilings(race.ceilings())?;
-            for (op, cases) in groups {
-                let mut outcomes = vec![];
-                let mut bar = Progress::new(op.name, Unit::Count("shapes"));
-                for (i, case) in cases.iter().enumerate() {
-                    outcomes.extend(race.race(case, &|name| filter.takes(name))?);
-                    bar.set(i as u64 + 1, cases.len() as u64);
-                }
-                drop(bar);
-                table.add(outcomes)?;
-            }
-        }
+        Picked::Cuda(mut cuda) => on_gpu(&mut cuda, groups, &filter, &mut table)?,
+        Picked::Cpu(_) => on_cpu(args.device.threads, groups, &filter, &mut table)?,
     }
     table.finish(old)
 }
@@ -135,8 +121,33 @@ fn known(filter: &Filter, names: &[String]) -> Result<()> {
     }
 }
 
+fn on_cpu(threads: Option<usize>, groups: Vec<(Op, Vec<Case>)>, filter: &Filter, table: &mut Table) -> Result<()> {
+    note(format_args!("no GPU is used: the CPU backend races, in f32; rows say nothing of any GPU"));
+    let named: Vec<&str> = groups.iter().map(|(op, _)| op.name).collect();
+    let what = format!("the race of {}", named.join(", "));
+    let has = |(_, cases): &(Op, Vec<Case>)| cases.iter().any(|case| case.cpu.is_some());
+    let groups: Vec<_> = groups.into_iter().filter(has).collect();
+    if groups.is_empty() {
+        return Err(Error::Unavailable { what, why: "the CPU backend has no such op, and no GPU is used".into() });
+    }
+    let mut race = cpu::Race::new(threads);
+    known(filter, &race.names())?;
+    table.ceilings(race.ceilings())?;
+    for (op, cases) in groups {
+        let mut outcomes = vec![];
+        let mut bar = Progress::new(op.name, Unit::Count("shapes"));
+        for (i, case) in cases.iter().enumerate() {
+            outcomes.extend(race.race(case, &|name| filter.takes(name))?);
+            bar.set(i as u64 + 1, cases.len() as u64);
+        }
+        drop(bar);
+        table.add(outcomes)?;
+    }
+    Ok(())
+}
+
 #[cfg(feature = "cuda")]
-fn gpu(cuda: &mut Cuda, groups: Vec<(Op, Vec<Case>)>, filter: &Filter, table: &mut Table) -> Result<()> {
+fn on_gpu(cuda: &mut Cuda, groups: Vec<(Op, Vec<Case>)>, filter: &Filter, table: &mut Table) -> Result<()> {
     let mut names: Vec<String> =
         groups.iter().flat_map(|(_, cases)| cases).flat_map(|c| &c.ways).map(|w| w.name.to_string()).collect();
     names.sort();

@@ -270,17 +270,10 @@ mod gpu {
                 if let Some(difference) = &outcome.refused {
                     let place = format!("{} {}", case.op, case.shape);
                     let file = self.args.candidate.as_ref().filter(|_| way == CANDIDATE);
-                    let (at, is) = (&difference.place, difference.found);
                     let error = match file {
                         Some(file) => {
-                            let expected = format!(
-                                "{:?} within {:.3e} ({} of {} elements compared are wrong)",
-                                difference.expected.value,
-                                difference.expected.tolerance,
-                                difference.wrong,
-                                difference.compared
-                            );
-                            Error::input(file, place, format!("{at} = {is:?}"), expected)
+                            let found = format!("{} = {:?}", difference.place, difference.found);
+                            Error::input(file, place, found, difference.expectation())
                         }
                         None => Error::Cuda { op: format!("{place} by {way}"), detail: difference.to_string() },
                     };

@@ -14,7 +14,7 @@ use crate::backend::{Adamw, Backend, Moment, NewOptimizer, OptimKind, OptimizerS
 use crate::bench::kernels::case::Element::{self, Bf16, F32, U8};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
-use crate::bench::kernels::case::{Arg, Case, CpuLaunch, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, CpuLaunch, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::{Model, R};
 use crate::bench::kernels::values::Inputs;
 use crate::nf4::codebook::{DYNAMIC, DYNAMIC_UNSIGNED, dynamic_code, dynamic_unsigned_code};
@@ -178,9 +178,9 @@ fn on_cpu(kind: OptimKind, m: &Model) -> Option<CpuLaunch> {
                     .map(|(codes, absmax)| Moment::U8 { codes: codes.clone(), absmax: absmax.clone() });
                 (OptimizerState { master: master.clone(), m, v }, rest)
             }
-            _ => return Ok(()),
+            _ => undeclared(),
         };
-        let [F32(lora), F32(grads), F32(norm), ..] = rest else { return Ok(()) };
+        let [F32(lora), F32(grads), F32(norm), ..] = rest else { undeclared() };
         let mut optimizer = cpu.new_optimizer(NewOptimizer { kind, init: &state.master, tensors: &tensors })?;
         cpu.write_optimizer(&mut optimizer, &state)?;
         cpu.adamw(Adamw {

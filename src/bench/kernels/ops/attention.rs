@@ -14,7 +14,7 @@ use crate::backend::{Backend, Batch, Heads, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32, I32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
-use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::Model;
 use crate::bench::kernels::values::Inputs;
 use crate::error::Result;
@@ -105,7 +105,7 @@ impl Shape {
     fn batch(&self, cpu: &mut Cpu, cu_seqlens: &[i32]) -> Result<Batch<Cpu>> {
         let mut batch = Batch::new(cpu, 0)?;
         batch.cu_seqlens = cu_seqlens.to_vec();
-        (batch.t, batch.b, batch.lengths) = (self.t, self.b(), vec![self.len; self.b()]);
+        (batch.t, batch.b, batch.lengths) = (self.t, self.b(), self.lengths());
         Ok(batch)
     }
 }
@@ -185,7 +185,7 @@ fn forward(m: &Model, t: usize, len: usize) -> Case {
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
             let [HostBuffer::F32(o), HostBuffer::F32(lse), HostBuffer::F32(qkv), HostBuffer::I32(starts)] = buffers
             else {
-                return Ok(());
+                undeclared();
             };
             let batch = &shape.batch(cpu, starts)?;
             cpu.attention_forward(crate::backend::AttentionForward { o, lse, qkv, batch, heads })
@@ -308,7 +308,7 @@ fn backward(m: &Model, t: usize, len: usize) -> Case {
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
             use HostBuffer::{F32, I32};
             let [F32(dqkv), F32(delta), F32(d_o), F32(o), F32(lse), F32(qkv), I32(starts)] = buffers else {
-                return Ok(());
+                undeclared();
             };
             let batch = &shape.batch(cpu, starts)?;
             cpu.attention_backward(crate::backend::AttentionBackward { dqkv, delta, d_o, o, lse, qkv, batch, heads })

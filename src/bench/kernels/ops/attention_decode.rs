@@ -14,7 +14,7 @@ use crate::backend::{Backend, Heads, KvCache, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32, I32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
-use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::Model;
 use crate::bench::kernels::values::Inputs;
 
@@ -87,9 +87,9 @@ fn decode(m: &Model, past: usize) -> Case {
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
             let [HostBuffer::F32(o), HostBuffer::F32(k), HostBuffer::F32(v), HostBuffer::F32(qkv), rest @ ..] = buffers
             else {
-                return Ok(());
+                undeclared();
             };
-            let Some(HostBuffer::I32(positions)) = rest.first() else { return Ok(()) };
+            let Some(HostBuffer::I32(positions)) = rest.first() else { undeclared() };
             let mut cache = KvCache { k: std::mem::take(k), v: std::mem::take(v) };
             let op = crate::backend::AttentionDecode { o, cache: &mut cache, qkv, positions, t: 1, past: last, heads };
             let done = cpu.attention_decode(op);

@@ -11,7 +11,7 @@ use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::{F32, F64};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
-use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::Model;
 use crate::bench::kernels::values::Inputs;
 
@@ -57,7 +57,7 @@ fn case(m: &Model) -> Case {
             grad_norm(cuda, GradNorm { norm: norm.f32_mut(), grads: grads.f32(), partial: partial.f64_mut() })
         })],
         cpu: Some(Arc::new(|cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
-            let [HostBuffer::F32(norm), HostBuffer::F32(grads), _] = buffers else { return Ok(()) };
+            let [HostBuffer::F32(norm), HostBuffer::F32(grads), _] = buffers else { undeclared() };
             cpu.grad_norm(norm, grads)
         })),
     }

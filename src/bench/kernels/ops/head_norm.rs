@@ -11,7 +11,7 @@ use crate::backend::{Backend, Heads, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
-use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::Model;
 use crate::bench::kernels::values::Inputs;
 
@@ -103,7 +103,7 @@ fn forward(m: &Model, t: usize) -> Case {
         })],
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
             use HostBuffer::F32;
-            let [F32(y), F32(rstd), F32(x), F32(q_w), F32(k_w)] = buffers else { return Ok(()) };
+            let [F32(y), F32(rstd), F32(x), F32(q_w), F32(k_w)] = buffers else { undeclared() };
             cpu.head_norm_forward(crate::backend::HeadNormForward { y, rstd, x, q_w, k_w, t, heads, eps: EPS })
         })),
     }
@@ -156,7 +156,7 @@ fn backward(m: &Model, t: usize) -> Case {
         })],
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
             use HostBuffer::F32;
-            let [F32(dqkv), F32(x), F32(rstd), F32(q_w), F32(k_w)] = buffers else { return Ok(()) };
+            let [F32(dqkv), F32(x), F32(rstd), F32(q_w), F32(k_w)] = buffers else { undeclared() };
             cpu.head_norm_backward(crate::backend::HeadNormBackward { dqkv, x, rstd, q_w, k_w, t, heads })
         })),
     }

@@ -14,7 +14,7 @@ use super::sums::Terms;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Linear, LinearBackward, LinearForward, LinearSize, Lora, Projection, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32};
-use crate::bench::kernels::case::{Arg, Case, CpuLaunch, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, CpuLaunch, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::{Model, R};
 use crate::bench::kernels::values::Inputs;
 use crate::error::{Error, Result};
@@ -252,7 +252,7 @@ fn with_linear(
 fn cpu_forward(t: usize, k: usize, n: usize, parts: &[Part]) -> CpuLaunch {
     use HostBuffer::F32;
     with_linear((k, n), parts, 4, move |cpu, w, buffers| {
-        let [F32(y), F32(h), F32(x), F32(lora), ..] = buffers else { return Ok(()) };
+        let [F32(y), F32(h), F32(x), F32(lora), ..] = buffers else { undeclared() };
         cpu.linear_forward(LinearForward { y, h, x, w, lora: Some(lora), t, dropout: None })
     })
 }
@@ -260,7 +260,7 @@ fn cpu_forward(t: usize, k: usize, n: usize, parts: &[Part]) -> CpuLaunch {
 fn cpu_backward(t: usize, k: usize, n: usize, parts: &[Part]) -> CpuLaunch {
     use HostBuffer::F32;
     with_linear((k, n), parts, 7, move |cpu, w, buffers| {
-        let [F32(dx), F32(dh), F32(d_lora), F32(dy), F32(x), F32(h), F32(lora), ..] = buffers else { return Ok(()) };
+        let [F32(dx), F32(dh), F32(d_lora), F32(dy), F32(x), F32(h), F32(lora), ..] = buffers else { undeclared() };
         let dx = Some(dx);
         cpu.linear_backward(LinearBackward { dx, d_lora, dh, dy, x, h, w, lora, t, dropout: None })
     })

@@ -6,7 +6,7 @@ use super::lora::Part;
 use crate::backend::cuda::matrix::{Absmax, Data, Matrix};
 use crate::backend::cuda::{Cuda, LinearKind};
 use crate::backend::{Backend, Linear, LinearBackward, LinearForward, Lora, Projection};
-use crate::bench::kernels::case::Way;
+use crate::bench::kernels::case::{Way, undeclared};
 use crate::bench::kernels::models::R;
 use crate::bench::kernels::set::{Dev, Set};
 use crate::error::{Error, Result};
@@ -69,7 +69,7 @@ fn linear(cuda: &Cuda, weights: &[Dev], parts: &[Part], k: usize, n: usize) -> R
 
 pub(super) fn forward_ways(t: usize, k: usize, n: usize, parts: &[Part]) -> Vec<Way> {
     let launch = move |cuda: &mut Cuda, w: &Linear<Cuda>, args: &mut [Dev]| {
-        let [Dev::Bf16(y), Dev::Bf16(h), Dev::Bf16(x), Dev::Bf16(lora), ..] = args else { return Ok(()) };
+        let [Dev::Bf16(y), Dev::Bf16(h), Dev::Bf16(x), Dev::Bf16(lora), ..] = args else { undeclared() };
         cuda.linear_forward(LinearForward { y, h, x, w, lora: Some(lora), t, dropout: None })
     };
     ways(t, k, n, parts, 4, Arc::new(launch))
@@ -88,7 +88,7 @@ pub(super) fn backward_ways(t: usize, k: usize, n: usize, parts: &[Part]) -> Vec
             ..,
         ] = args
         else {
-            return Ok(());
+            undeclared();
         };
         let dx = Some(dx);
         cuda.linear_backward(LinearBackward { dx, d_lora, dh, dy, x, h, w, lora, t, dropout: None })

@@ -11,7 +11,7 @@ use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
-use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::Model;
 use crate::bench::kernels::values::Inputs;
 
@@ -81,7 +81,7 @@ fn forward(m: &Model, t: usize) -> Case {
         })],
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
             let [HostBuffer::F32(y), HostBuffer::F32(rstd), HostBuffer::F32(x), HostBuffer::F32(w)] = buffers else {
-                return Ok(());
+                undeclared();
             };
             let op = crate::backend::RmsNormForward { y, rstd, x, residual: None, w, t, c, eps: EPS };
             cpu.rmsnorm_forward(op)
@@ -170,7 +170,7 @@ fn backward(m: &Model, t: usize) -> Case {
         })],
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
             use HostBuffer::F32;
-            let [F32(dx), F32(dy), F32(x), F32(w), F32(rstd)] = buffers else { return Ok(()) };
+            let [F32(dx), F32(dy), F32(x), F32(w), F32(rstd)] = buffers else { undeclared() };
             cpu.rmsnorm_backward(crate::backend::RmsNormBackward { dx, dy, x, w, rstd, t, c })
         })),
     }

@@ -11,7 +11,7 @@ use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::{Bf16, F32, I32};
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
-use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::Model;
 use crate::bench::kernels::values::Inputs;
 
@@ -77,7 +77,7 @@ fn case(m: &Model, t: usize, op: &'static str, sign: f64) -> Case {
         })],
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
             let [HostBuffer::F32(qkv), HostBuffer::I32(positions), HostBuffer::F32(inv_freq)] = buffers else {
-                return Ok(());
+                undeclared();
             };
             let op = crate::backend::Rope { qkv, positions, inv_freq, t, heads };
             if sign > 0.0 { cpu.rope_forward(op) } else { cpu.rope_backward(op) }

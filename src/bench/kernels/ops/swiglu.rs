@@ -11,7 +11,7 @@ use crate::backend::{Backend, Work};
 use crate::bench::kernels::case::Element::Bf16;
 #[cfg(feature = "cuda")]
 use crate::bench::kernels::case::Way;
-use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar};
+use crate::bench::kernels::case::{Arg, Case, Expected, Fill, HostBuffer, Scalar, undeclared};
 use crate::bench::kernels::models::Model;
 use crate::bench::kernels::values::Inputs;
 
@@ -71,7 +71,7 @@ fn forward(m: &Model, t: usize) -> Case {
             swiglu_forward(cuda, SwigluForward { y: y.bf16_mut(), gate_up: gate_up.bf16(), t, f })
         })],
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
-            let [HostBuffer::F32(y), HostBuffer::F32(gate_up)] = buffers else { return Ok(()) };
+            let [HostBuffer::F32(y), HostBuffer::F32(gate_up)] = buffers else { undeclared() };
             cpu.swiglu_forward(crate::backend::SwigluForward { y, gate_up, t, f })
         })),
     }
@@ -113,7 +113,7 @@ fn backward(m: &Model, t: usize) -> Case {
             swiglu_backward(cuda, SwigluBackward { gate_up: gate_up.bf16_mut(), dy: dy.bf16(), t, f })
         })],
         cpu: Some(Arc::new(move |cpu: &mut Cpu, buffers: &mut [HostBuffer]| {
-            let [HostBuffer::F32(gate_up), HostBuffer::F32(dy)] = buffers else { return Ok(()) };
+            let [HostBuffer::F32(gate_up), HostBuffer::F32(dy)] = buffers else { undeclared() };
             cpu.swiglu_backward(crate::backend::SwigluBackward { gate_up, dy, t, f })
         })),
     }
