@@ -12,11 +12,14 @@ use crate::error::{Error, Result};
 const MODEL: &str = "7b";
 
 /// What a template is made of, apart from the starter.
+#[derive(Default)]
 pub struct Contract<'a> {
     pub op: &'a str,
     pub about: &'a str,
     pub args: &'a [Arg],
     pub scalars: &'a [(&'static str, Scalar)],
+    /// With how many the sizes are shown; None where the op has none.
+    pub tokens: Option<usize>,
 }
 
 /// The starter file of an op. [`Error::Unavailable`] where it has none: no candidate can be raced there.
@@ -27,8 +30,10 @@ pub fn template(op: &Op) -> Result<String> {
     };
     let starter = op.starter.ok_or_else(none)?;
     let model = Model::named(MODEL).ok_or_else(none)?;
-    let case = (op.cases)(&model, op.usual_tokens(&model)).into_iter().next().ok_or_else(none)?;
-    let contract = Contract { op: op.name, about: op.about, args: &case.args, scalars: &case.scalars };
+    let usual = op.usual_tokens(&model);
+    let case = (op.cases)(&model, usual).into_iter().next().ok_or_else(none)?;
+    let tokens = op.has_tokens.then_some(usual);
+    let contract = Contract { op: op.name, about: op.about, args: &case.args, scalars: &case.scalars, tokens };
     Ok(contract.file(starter))
 }
 
@@ -50,7 +55,7 @@ impl Contract<'_> {
     }
 
     fn header(&self) -> String {
-        let Self { op, about, args, scalars } = self;
+        let Self { op, about, args, scalars, tokens } = self;
         let mut text = format!("// {op}: {about}\n//\n");
         let mut rows: Vec<[String; 3]> = vec![];
         for arg in *args {
@@ -78,8 +83,8 @@ impl Contract<'_> {
             // A closed pipe is the only way that writing to a string could fail: there is none.
             let _ = writeln!(text, "//   {name:first$}  {kind:second$}  {what}");
         }
-        text +=
-            "//\n// Arrays are row-major and start at multiples of 256 bytes; \"here\" is --model 7b --tokens 2048.\n";
+        let here = format!("--model {MODEL}{}", tokens.map(|t| format!(" --tokens {t}")).unwrap_or_default());
+        let _ = writeln!(text, "//\n// Arrays are row-major and start at multiples of 256 bytes; \"here\" is {here}.");
         text += "// Every kernel takes exactly these parameters. Those of the `// launch:` lines run in that order, with sizes\n";
         text += "// computed from the whole numbers above by + - * / ceil_div min max and parentheses.\n//\n";
         let _ = writeln!(text, "//   halfbyte bench {op} --candidate THIS.cu --watch\n");
@@ -141,7 +146,7 @@ extern \"C\" __global__ void rmsnorm_forward(
 
     #[test]
     fn several_kernels_get_their_names_in_order_and_helpers_stay() {
-        let contract = Contract { op: "x", about: "y", args: &[], scalars: &[("t", Scalar::U64(1))] };
+        let contract = Contract { op: "x", about: "y", scalars: &[("t", Scalar::U64(1))], ..Contract::default() };
         let starter = "// launch: a grid=1 block=1\n// launch: b grid=1 block=1\n// launch: a grid=1 block=1\n\
                        __device__ int f() {\n  return 1;\n}\n{\n  f();\n}\n{\n}\n";
         let text = contract.kernels(starter);
@@ -177,11 +182,25 @@ extern \"C\" __global__ void rmsnorm_forward(
             let mut seen = std::collections::BTreeSet::new();
             for model in MODELS.into_iter().chain([TOY]) {
                 for case in (op.cases)(&model, op.usual_tokens(&model)) {
-                    let contract = Contract { op: "", about: "", args: &case.args, scalars: &case.scalars };
+                    let contract = Contract { args: &case.args, scalars: &case.scalars, ..Contract::default() };
                     seen.insert(contract.signature("k"));
                 }
             }
             assert_eq!(seen.len(), 1, "{}: {seen:?}", op.name);
+        }
+    }
+
+    /// What is shown as "here" are the sizes that the flags named beside it give.
+    #[test]
+    fn the_sizes_of_a_template_are_those_of_its_flags() {
+        for (name, flags) in [
+            ("rmsnorm_forward", "--model 7b --tokens 2048."),
+            ("matvec", "--model 7b --tokens 1."),
+            ("nf4_quantize", "--model 7b."),
+        ] {
+            let op = with_toy().find(|op| op.name == name).unwrap();
+            let text = template(&op).unwrap();
+            assert!(text.contains(&format!("\"here\" is {flags}\n")), "{text}");
         }
     }
 

@@ -37,7 +37,7 @@ fn toy(m: &Model, t: usize) -> Case {
         tokens: Some(t),
         #[cfg(feature = "cuda")]
         ways: {
-            let contract = Contract { op: "toy", about: ABOUT, args: &args, scalars: &scalars };
+            let contract = Contract { op: "toy", about: ABOUT, args: &args, scalars: &scalars, tokens: Some(t) };
             let source = Source { path: "toy.cu".into(), text: contract.file(STARTER) };
             vec![program::lazy_way("starter", source, &args, &scalars)]
         },
