@@ -36,7 +36,7 @@ pub fn trials() -> Vec<Trial> {
 
 fn toy() -> Result<Case, String> {
     let op = ops::named("toy").ok_or("no toy")?;
-    let model = Model::named("7b").ok_or("no 7b")?;
+    let model = Model::named("7b").map_err(|e| e.to_string())?;
     (op.cases)(&model, 128).pop().ok_or("no case".into())
 }
 

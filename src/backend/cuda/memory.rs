@@ -260,7 +260,7 @@ impl Cuda {
     }
 
     /// A buffer of `len` elements with whatever lies there.
-    pub(super) fn allocate<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+    pub(crate) fn allocate<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
         let size = len.checked_mul(size_of::<T>()).filter(|&size| size <= isize::MAX as usize / 2);
         let too_large = || Error::Cuda { op: "allocating".into(), detail: format!("{len} elements exceed any memory") };
         let size = size.ok_or_else(too_large)?;

@@ -29,7 +29,7 @@ pub fn template(op: &Op) -> Result<String> {
         why: "the op is no kernel of its own: it has no starter".into(),
     };
     let starter = op.starter.ok_or_else(none)?;
-    let model = Model::named(MODEL).ok_or_else(none)?;
+    let model = Model::named(MODEL)?;
     let usual = op.usual_tokens(&model);
     let case = (op.cases)(&model, usual).into_iter().next().ok_or_else(none)?;
     let tokens = op.has_tokens.then_some(usual);

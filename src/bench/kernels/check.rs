@@ -108,30 +108,15 @@ impl Answers {
         self.len() == 0
     }
 
-    /// Compares what `found` reads of each span. None: all right.
-    pub fn difference<E>(
-        &self,
-        case: &Case,
-        mut found: impl FnMut(Range<usize>) -> Result<Vec<f64>, E>,
-    ) -> Result<Option<Difference>, E> {
-        let mut first = None;
-        let (mut wrong, mut compared) = (0, 0);
-        for (span, expected) in self.spans.iter().zip(&self.expected) {
-            let values = found(span.clone())?;
-            for ((i, value), &expected) in span.clone().zip(values).zip(expected) {
-                compared += 1;
-                if !expected.holds(value) {
-                    wrong += 1;
-                    first.get_or_insert((i, value, expected));
-                }
-            }
-        }
-        Ok(first.map(|(i, found, expected)| Difference {
-            place: case.args[self.arg].place(i),
-            found,
-            expected,
-            wrong,
-            compared,
-        }))
+    /// Compares what was found at the spans, one behind the other. None: all right.
+    pub fn difference(&self, case: &Case, found: &[f64]) -> Option<Difference> {
+        let compared = self.len();
+        assert_eq!(found.len(), compared, "elements found and compared of {}", case.args[self.arg].name);
+        let places = self.spans.iter().cloned().flatten();
+        let mut all = places.zip(found).zip(self.expected.iter().flatten());
+        let mut wrong = all.by_ref().filter(|((_, found), expected)| !expected.holds(**found));
+        let ((i, &found), &expected) = wrong.next()?;
+        let wrong = 1 + wrong.count();
+        Some(Difference { place: case.args[self.arg].place(i), found, expected, wrong, compared })
     }
 }

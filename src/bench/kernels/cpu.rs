@@ -108,12 +108,13 @@ fn buffer(arg: &Arg, column: &Column) -> HostBuffer {
 
 fn difference(case: &Case, answers: &[Answers], buffers: &[HostBuffer]) -> Option<Difference> {
     answers.iter().find_map(|answers| {
-        let read = |span: std::ops::Range<usize>| match &buffers[answers.arg] {
-            HostBuffer::F32(v) => v[span].iter().map(|&v| f64::from(v)).collect(),
-            HostBuffer::I32(v) => v[span].iter().map(|&v| f64::from(v)).collect(),
-            HostBuffer::U8(v) => v[span].iter().map(|&v| f64::from(v)).collect(),
+        let places = answers.spans.iter().cloned().flatten();
+        let found: Vec<f64> = match &buffers[answers.arg] {
+            HostBuffer::F32(v) => places.map(|i| f64::from(v[i])).collect(),
+            HostBuffer::I32(v) => places.map(|i| f64::from(v[i])).collect(),
+            HostBuffer::U8(v) => places.map(|i| f64::from(v[i])).collect(),
         };
-        answers.difference(case, |span| Ok::<_, std::convert::Infallible>(read(span))).unwrap_or_default()
+        answers.difference(case, &found)
     })
 }
 

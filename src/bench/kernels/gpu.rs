@@ -20,8 +20,8 @@ use crate::bench::environment::{Environment, environment};
 use crate::error::{Error, Result};
 
 /// Rounds, each with the buffers elsewhere; samples of each.
-const ROUNDS: usize = 3;
-const SAMPLES: usize = 12;
+const ROUNDS: usize = 8;
+const SAMPLES: usize = 5;
 /// Seconds that a sample should take, and launches in it at most.
 const SAMPLE: f64 = 400e-6;
 const LAUNCHES: usize = 256;
@@ -58,7 +58,7 @@ pub struct Gpu<'a> {
 impl<'a> Gpu<'a> {
     /// Measures the ceilings and takes most of the free memory. `cases`: those that will run.
     pub fn new<'c>(cuda: &'a mut Cuda, cases: impl Iterator<Item = &'c Case> + Clone) -> Result<Self> {
-        let mut models: Vec<Model> = cases.clone().filter_map(|case| Model::named(case.model)).collect();
+        let mut models: Vec<Model> = cases.clone().filter_map(|case| Model::named(case.model).ok()).collect();
         models.dedup();
         let needs = Model::needs(&models, cases.filter_map(|case| case.tokens).max().unwrap_or(1));
         let ceilings = Ceilings { copy: cuda.copy_rate()?, product: cuda.product_rate()? };
@@ -108,24 +108,34 @@ impl<'a> Gpu<'a> {
         (self.cuda.has_cublas() || !way.needs_cublas) && (others || way.kernels.is_none())
     }
 
-    /// Whether one set of this case and its way has room.
+    /// Whether the case has room: its arguments, one set, and what is made beside them.
     pub fn fits(&self, case: &Case) -> bool {
-        2 * case.set_bytes() < self.left()
+        3 * case.set_bytes() < self.left()
     }
 
-    /// A set with every argument as the case declares it.
-    fn set(&mut self, case: &Case, inputs: &Inputs, way: &Way) -> Result<Set> {
-        let mut args = Vec::with_capacity(case.args.len());
-        for (arg, column) in case.args.iter().zip(inputs.columns()) {
+    /// Every argument as the case declares it.
+    fn args(&self, case: &Case, inputs: &Inputs) -> Result<Vec<Dev>> {
+        let filled = |(arg, column)| {
             let mut dev = Dev::new(self.cuda, arg)?;
             dev.fill(self.cuda, column)?;
-            args.push(dev);
-        }
+            Ok(dev)
+        };
+        case.args.iter().zip(inputs.columns()).map(filled).collect()
+    }
+
+    /// A set of these arguments, for this way.
+    fn set(&mut self, args: Vec<Dev>, way: &Way) -> Result<Set> {
         let mut set = Set { args, extra: None };
         if let Some(set_up) = &way.set_up {
             set_up(self.cuda, &mut set)?;
         }
         Ok(set)
+    }
+
+    /// A set whose arguments are copies of these.
+    fn copied(&mut self, args: &[Dev], way: &Way) -> Result<Set> {
+        let args = args.iter().map(|arg| arg.copied(self.cuda)).collect::<Result<_>>()?;
+        self.set(args, way)
     }
 
     /// Runs the way once on fresh buffers and compares: the first difference, if any.
@@ -134,7 +144,7 @@ impl<'a> Gpu<'a> {
         let answers = Answers::of(case, &inputs);
         let mark = self.cuda.arena_mark();
         self.cuda.use_kernels(way.kernels.unwrap_or(self.kernels));
-        let found = self.set(case, &inputs, way).and_then(|mut set| {
+        let found = self.args(case, &inputs).and_then(|args| self.set(args, way)).and_then(|mut set| {
             (way.launch)(self.cuda, &mut set)?;
             self.compare(case, &answers, &set)
         });
@@ -144,16 +154,9 @@ impl<'a> Gpu<'a> {
 
     fn compare(&self, case: &Case, answers: &[Answers], set: &Set) -> Result<Option<Difference>> {
         for answer in answers {
-            let dev = &set.args[answer.arg];
-            let whole = if answer.len() == case.args[answer.arg].len() {
-                Some(dev.read(self.cuda, 0..answer.len())?)
-            } else {
-                None
-            };
-            let difference = answer.difference(case, |span| match &whole {
-                Some(all) => Ok(all[span].to_vec()),
-                None => dev.read(self.cuda, span),
-            })?;
+            let whole = 0..case.args[answer.arg].len();
+            let spans = if answer.len() == whole.len() { std::slice::from_ref(&whole) } else { &answer.spans };
+            let difference = answer.difference(case, &set.args[answer.arg].read(self.cuda, spans)?);
             if difference.is_some() {
                 return Ok(difference);
             }
@@ -194,6 +197,8 @@ impl<'a> Gpu<'a> {
                     let answers = Answers::of(case, &inputs);
                     (inputs, answers)
                 });
+                let all = self.cuda.arena_mark();
+                let args = self.args(case, inputs)?;
                 for turn in 0..ways.len() {
                     let w = ways[(turn + round) % ways.len()];
                     let run = runs.entry((c, w)).or_default();
@@ -201,12 +206,14 @@ impl<'a> Gpu<'a> {
                         continue;
                     }
                     let mark = self.cuda.arena_mark();
-                    let result = self.round(round, case, inputs, answers, &case.ways[w], run);
+                    let result = self.round(round, case, &args, answers, &case.ways[w], run);
                     self.reset(mark)?;
                     result.map_err(|e| named(e, case, &case.ways[w]))?;
                     run.environment = environment(Some(0));
                     done();
                 }
+                drop(args);
+                self.reset(all)?;
             }
         }
         let outcome = |((c, w), run): ((usize, usize), Run)| {
@@ -220,21 +227,21 @@ impl<'a> Gpu<'a> {
         Ok(runs.into_iter().map(outcome).collect())
     }
 
-    /// One round of one way.
+    /// One round of one way, on sets that are copies of `args`.
     fn round(
         &mut self,
         round: usize,
         case: &Case,
-        inputs: &Inputs,
+        args: &[Dev],
         answers: &[Answers],
         way: &Way,
         run: &mut Run,
     ) -> Result<()> {
         let mut shift = (round * SHIFT).min(self.left().saturating_sub(3 * case.set_bytes()));
         shift -= shift % 256;
-        let _elsewhere = self.cuda.zeros::<u8>(shift)?;
+        let _elsewhere = self.cuda.allocate::<u8>(shift)?;
         self.cuda.use_kernels(way.kernels.unwrap_or(self.kernels));
-        let mut sets = vec![self.set(case, inputs, way)?];
+        let mut sets = vec![self.copied(args, way)?];
         (way.launch)(self.cuda, &mut sets[0])?;
         if run.launched.is_empty() {
             run.launched = self.cuda.launched(&mut |cuda| (way.launch)(cuda, &mut sets[0]))?;
@@ -251,7 +258,7 @@ impl<'a> Gpu<'a> {
         let room = self.left() / (2 * case.set_bytes() + 4096);
         let count = ENOUGH.div_ceil(case.set_bytes()).clamp(2, LAUNCHES).min(launches.max(2)).min(1 + room);
         while sets.len() < count {
-            sets.push(self.set(case, inputs, way)?);
+            sets.push(self.copied(args, way)?);
         }
         let recorded = self
             .cuda

@@ -44,10 +44,7 @@ impl Filter {
         }
         let mut models: Vec<Model> = if small { vec![SMALL] } else { MODELS.to_vec() };
         if !self.models.is_empty() {
-            let names = "1b, 7b, 13b, 135m or toy";
-            let named =
-                |name: &String| Model::named(name).ok_or_else(|| Error::flag("--model", format!("{name:?}"), names));
-            models = self.models.iter().map(named).collect::<Result<_>>()?;
+            models = self.models.iter().map(|name| Model::named(name)).collect::<Result<_>>()?;
         }
         let mut tokens: Vec<usize> = TOKENS.into_iter().filter(|&t| !small || t <= 512).collect();
         if !self.tokens.is_empty() {

@@ -1,6 +1,7 @@
 //! The shapes that the table goes through.
 
 use crate::backend::Heads;
+use crate::error::{Error, Result};
 
 /// The sizes of a model that its kernels see.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,9 +41,11 @@ pub type Group = (&'static str, Vec<usize>, usize);
 pub const R: usize = 16;
 
 impl Model {
-    /// By its name.
-    pub fn named(name: &str) -> Option<Self> {
-        MODELS.into_iter().chain([SMALL, TOY]).find(|m| m.name == name)
+    /// By its name, as `--model` has it. [`Error::Flag`] for a name that none has.
+    pub fn named(name: &str) -> Result<Self> {
+        let all = || MODELS.into_iter().chain([SMALL, TOY]);
+        let names = || all().map(|m| m.name).collect::<Vec<_>>().join(", ");
+        all().find(|m| m.name == name).ok_or_else(|| Error::flag("--model", format!("{name:?}"), names()))
     }
 
     /// Name, widths of the projections side by side, and K, of each linear of a block.

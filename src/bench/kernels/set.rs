@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 use half::bf16;
+use rayon::prelude::*;
 
 use super::case::{Arg, Element};
 use super::values::Column;
@@ -40,11 +41,11 @@ impl Dev {
     pub fn new(cuda: &Cuda, arg: &Arg) -> Result<Self> {
         let len = arg.len();
         Ok(match arg.element {
-            Element::Bf16 => Self::Bf16(cuda.zeros(len)?),
-            Element::F32 => Self::F32(cuda.zeros(len)?),
-            Element::F64 => Self::F64(cuda.zeros(len)?),
-            Element::I32 => Self::I32(cuda.zeros(len)?),
-            Element::U8 => Self::U8(cuda.zeros(len)?),
+            Element::Bf16 => Self::Bf16(cuda.allocate(len)?),
+            Element::F32 => Self::F32(cuda.allocate(len)?),
+            Element::F64 => Self::F64(cuda.allocate(len)?),
+            Element::I32 => Self::I32(cuda.allocate(len)?),
+            Element::U8 => Self::U8(cuda.allocate(len)?),
         })
     }
 
@@ -64,30 +65,58 @@ impl Dev {
         }
     }
 
-    /// The elements of a range, widened. Waits for what was launched.
-    pub fn read(&self, cuda: &Cuda, range: Range<usize>) -> Result<Vec<f64>> {
+    /// Another buffer that holds the same.
+    pub fn copied(&self, cuda: &Cuda) -> Result<Self> {
+        Ok(match self {
+            Self::Bf16(b) => Self::Bf16(copied(cuda, b)?),
+            Self::F32(b) => Self::F32(copied(cuda, b)?),
+            Self::F64(b) => Self::F64(copied(cuda, b)?),
+            Self::I32(b) => Self::I32(copied(cuda, b)?),
+            Self::U8(b) => Self::U8(copied(cuda, b)?),
+        })
+    }
+
+    /// The elements of these ranges, one range behind the other, widened. Waits for what was launched.
+    pub fn read(&self, cuda: &Cuda, ranges: &[Range<usize>]) -> Result<Vec<f64>> {
         match self {
-            Self::Bf16(b) => read(cuda, b, range, |v| f64::from(v.to_f32())),
-            Self::F32(b) => read(cuda, b, range, f64::from),
-            Self::F64(b) => read(cuda, b, range, |v| v),
-            Self::I32(b) => read(cuda, b, range, f64::from),
-            Self::U8(b) => read(cuda, b, range, f64::from),
+            Self::Bf16(b) => read(cuda, b, ranges, |v| f64::from(v.to_f32())),
+            Self::F32(b) => read(cuda, b, ranges, f64::from),
+            Self::F64(b) => read(cuda, b, ranges, |v| v),
+            Self::I32(b) => read(cuda, b, ranges, f64::from),
+            Self::U8(b) => read(cuda, b, ranges, f64::from),
         }
     }
 }
 
-fn read<T: Pod>(cuda: &Cuda, b: &Buffer<T>, range: Range<usize>, widen: impl Fn(T) -> f64) -> Result<Vec<f64>> {
-    let mut values = vec![T::zeroed(); range.len()];
-    cuda.read(b.range(range), &mut values)?;
-    Ok(values.into_iter().map(widen).collect())
+fn copied<T: Pod>(cuda: &Cuda, from: &Buffer<T>) -> Result<Buffer<T>> {
+    let mut to = cuda.allocate(from.len())?;
+    cuda.copy(to.view_mut(), from.view())?;
+    Ok(to)
+}
+
+/// Gathered on the device: one wait, however many ranges.
+fn read<T: Pod>(cuda: &Cuda, b: &Buffer<T>, ranges: &[Range<usize>], widen: impl Fn(T) -> f64) -> Result<Vec<f64>> {
+    let mut gathered = cuda.allocate(ranges.iter().map(ExactSizeIterator::len).sum())?;
+    let mut end = 0;
+    for range in ranges {
+        let start = end;
+        end += range.len();
+        cuda.copy(gathered.range_mut(start..end), b.range(range.clone()))?;
+    }
+    Ok(cuda.download(&gathered)?.into_iter().map(widen).collect())
 }
 
 /// Uploads the values once and doubles them; poison if there are none.
-fn fill<T: Pod>(cuda: &Cuda, to: &mut Buffer<T>, values: &[f32], narrow: impl Fn(f32) -> T) -> Result<()> {
+fn fill<T: Pod + Send>(
+    cuda: &Cuda,
+    to: &mut Buffer<T>,
+    values: &[f32],
+    narrow: impl Fn(f32) -> T + Sync,
+) -> Result<()> {
     let len = to.len();
     let values: Vec<T> = match values {
         [] => vec![poison(); len.min(1 << 16)],
-        values => values.iter().take(len).map(|&v| narrow(v)).collect(),
+        values => values[..values.len().min(len)].par_iter().map(|&v| narrow(v)).collect(),
     };
     if values.is_empty() {
         return Ok(());

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use half::bf16;
+use rayon::prelude::*;
 
 use super::case::{Arg, Element, Fill, Scalar};
 
@@ -25,10 +26,11 @@ impl Column {
         };
         let values: Arc<[f32]> = match &arg.fill {
             // Uniform in ±√3 of the deviation.
-            Fill::Random(deviation) | Fill::Periodic(deviation, _) => {
-                (0..count).map(|i| round(arg.element, 12f32.sqrt() * deviation * (unit(index, i) - 0.5))).collect()
-            }
-            Fill::Bytes => (0..count).map(|i| (unit(index, i) * 256.0).floor()).collect(),
+            Fill::Random(deviation) | Fill::Periodic(deviation, _) => (0..count)
+                .into_par_iter()
+                .map(|i| round(arg.element, 12f32.sqrt() * deviation * (unit(index, i) - 0.5)))
+                .collect(),
+            Fill::Bytes => (0..count).into_par_iter().map(|i| (unit(index, i) * 256.0).floor()).collect(),
             Fill::Const(value) => [round(arg.element, *value)].into(),
             Fill::List(list) => list.iter().map(|&v| round(arg.element, v)).collect(),
             Fill::Poison => [].into(),

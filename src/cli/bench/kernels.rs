@@ -31,7 +31,7 @@ use crate::cli::progress::{Progress, Unit};
   halfbyte bench kernels --op linear_forward --tokens 2048 --implementation fused --implementation slice_cublas
   halfbyte bench kernels --model 7b --compare bench/results/2026-11-28-h100-kernels.csv
 
-Each row: the median of 36 samples in three rounds that place the buffers elsewhere, between the least and the most; inputs
+Each row: the median of 40 samples in eight rounds that place the buffers elsewhere, between the least and the most; inputs
 that no cache holds; checked against the host before it is timed. The floor is what the bytes take at the rate of a
 copy, or the products at the best product's, both measured in the same run. On the CPU: the shape of SmolLM2-135M.")]
 pub struct KernelsArgs {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
 use halfbyte::bench::candidate::template::template;
+use halfbyte::bench::kernels::models::Model;
 use halfbyte::bench::kernels::ops::{self, Op};
 use halfbyte::names::nearest;
 use halfbyte::{Error, Result};
@@ -41,8 +42,8 @@ pub struct OpArgs {
     #[arg(long, value_name = "FILE", requires = "print_template")]
     out: Option<PathBuf>,
 
-    /// Whose sizes: 1b, 7b, 13b, or the small toy
-    #[arg(long, value_name = "NAME", default_value = "7b", value_parser = clap::builder::PossibleValuesParser::new(["1b", "7b", "13b", "toy"]))]
+    /// Whose sizes: 1b, 7b, 13b, 135m or toy
+    #[arg(long, value_name = "NAME", default_value = "7b")]
     model: String,
 
     /// Tokens; may be given more than once [default: 2048, or 1 for the ops of generation]
@@ -68,10 +69,11 @@ pub fn run(words: &[OsString], others: &[String]) -> Result<()> {
     // Help and usage errors end the process as they do in `main`.
     let matches = command.try_get_matches_from(words).unwrap_or_else(|e| e.exit());
     let args = OpArgs::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let model = Model::named(&args.model)?;
     if args.print_template {
         return print_template(&op, &args);
     }
-    race(&op, &args)
+    race(&op, &model, &args)
 }
 
 fn unknown(name: &str, others: &[String]) -> Error {
@@ -101,14 +103,14 @@ fn print_template(op: &Op, args: &OpArgs) -> Result<()> {
 }
 
 #[cfg(not(feature = "cuda"))]
-fn race(op: &Op, _: &OpArgs) -> Result<()> {
+fn race(op: &Op, _: &Model, _: &OpArgs) -> Result<()> {
     let why = "this program was built without the feature cuda".into();
     Err(Error::Unavailable { what: format!("the race of {}", op.name), why })
 }
 
 #[cfg(feature = "cuda")]
-fn race(op: &Op, args: &OpArgs) -> Result<()> {
-    gpu::race(op, args)
+fn race(op: &Op, model: &Model, args: &OpArgs) -> Result<()> {
+    gpu::race(op, model, args)
 }
 
 #[cfg(feature = "cuda")]
@@ -148,8 +150,8 @@ mod gpu {
         gpu.race(&[case], &|_| true, &mut || {})
     }
 
-    pub fn race(op: &Op, args: &OpArgs) -> Result<()> {
-        let cases = cases(op, args)?;
+    pub fn race(op: &Op, model: &Model, args: &OpArgs) -> Result<()> {
+        let cases = cases(op, model, args)?;
         if let Some(path) = &args.csv {
             results::can_append::<KernelRow>(path)?;
         }
@@ -181,11 +183,9 @@ mod gpu {
     }
 
     /// The cases that are asked for.
-    fn cases(op: &Op, args: &OpArgs) -> Result<Vec<Case>> {
-        let unknown = || Error::flag("--model", format!("{:?}", args.model), "1b, 7b, 13b or toy");
-        let model = Model::named(&args.model).ok_or_else(unknown)?;
+    fn cases(op: &Op, model: &Model, args: &OpArgs) -> Result<Vec<Case>> {
         let tokens = match (op.has_tokens, args.tokens.as_slice()) {
-            (true, []) => vec![op.usual_tokens(&model)],
+            (true, []) => vec![op.usual_tokens(model)],
             (true, some) => some.to_vec(),
             (false, []) => vec![TOKENS[0]],
             (false, [first, ..]) => {
@@ -195,9 +195,9 @@ mod gpu {
         for &t in &tokens {
             micro_batch("--tokens", 1, t)?;
         }
-        let cases: Vec<Case> = tokens.iter().flat_map(|&t| (op.cases)(&model, t)).collect();
+        let cases: Vec<Case> = tokens.iter().flat_map(|&t| (op.cases)(model, t)).collect();
         if cases.is_empty() {
-            let expected = format!("a number such as {}: {} has no shape at these", op.usual_tokens(&model), op.name);
+            let expected = format!("a number such as {}: {} has no shape at these", op.usual_tokens(model), op.name);
             return Err(Error::flag("--tokens", format!("{tokens:?}"), expected));
         }
         Ok(cases)

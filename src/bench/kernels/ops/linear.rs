@@ -66,14 +66,12 @@ fn forward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize)
         let (x, lora, w) = (i.of("x"), i.of("lora"), Decoder::new(i));
         let width = if output == "h" { r } else { n };
         let row = span.start / width;
-        // Value and sum of absolute terms of h at a column.
-        let h = |column: usize| {
+        let h = |column: usize| -> Terms {
             let a = all[column / R].a + column % R * k;
-            let terms = (0..k).map(|j| x.at(row * k + j) * lora.at(a + j));
-            terms.fold((0.0, 0.0), |(sum, all), v| (sum + v, all + v.abs()))
+            (0..k).map(|j| x.at(row * k + j) * lora.at(a + j)).collect()
         };
         if output == "h" {
-            return span.map(|at| h(at % r)).map(|(v, all)| Expected::rounded(v, Bf16, all)).collect();
+            return span.map(|at| h(at % r).expected(Bf16)).collect();
         }
         let mut hs = vec![None; r];
         let element = |column: usize| {
@@ -83,7 +81,7 @@ fn forward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize)
             // The matrix-vector kernel does not round the weights.
             let (mut value, mut magnitude, mut error) = (products.sum, products.magnitude, products.error(0.5));
             for j in 0..R {
-                let (h, _) = *hs[part.h + j].get_or_insert_with(|| h(part.h + j));
+                let h = *hs[part.h + j].get_or_insert_with(|| h(part.h + j).sum);
                 let term = round(h) * lora.at(part.b + (column - part.y) * R + j);
                 // h may be rounded the other way.
                 (value, magnitude, error) = (value + term, magnitude + term.abs(), error + term.abs() / 128.0);
@@ -132,20 +130,19 @@ fn backward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize
     let all = parts.clone();
     let oracle = move |i: &Inputs, output: &str, span: Range<usize>| {
         let (dy, x, h, lora, w) = (i.of("dy"), i.of("x"), i.of("h"), i.of("lora"), Decoder::new(i));
-        let dh = |row: usize, column: usize| {
+        let dh = |row: usize, column: usize| -> Terms {
             let part = &all[column / R];
-            let terms = (0..part.n).map(|j| dy.at(row * n + part.y + j) * lora.at(part.b + j * R + column % R));
-            terms.fold((0.0, 0.0), |(sum, all), v| (sum + v, all + v.abs()))
+            (0..part.n).map(|j| dy.at(row * n + part.y + j) * lora.at(part.b + j * R + column % R)).collect()
         };
         match output {
-            "dh" => span.map(|at| dh(at / r, at % r)).map(|(v, all)| Expected::rounded(v, Bf16, all)).collect(),
+            "dh" => span.map(|at| dh(at / r, at % r).expected(Bf16)).collect(),
             "d_lora" => {
                 // dh repeats with dy.
                 let mut rows: Vec<Option<Vec<f64>>> = vec![None; r];
                 let mut of_a = |at: usize, part: Part| {
                     let (column, j) = (part.h + (at - part.a) / k, (at - part.a) % k);
                     let dh = rows[column]
-                        .get_or_insert_with(|| (0..ROWS.min(t)).map(|row| round(dh(row, column).0)).collect());
+                        .get_or_insert_with(|| (0..ROWS.min(t)).map(|row| round(dh(row, column).sum)).collect());
                     let terms: Terms = (0..t).map(|row| dh[row % ROWS] * x.at(row * k + j)).collect();
                     // dh may be rounded the other way.
                     (terms, terms.error(2.0))
@@ -166,7 +163,7 @@ fn backward(m: &Model, group: &'static str, widths: &[usize], k: usize, t: usize
             }
             _ => {
                 let row = span.start / k;
-                let dhs: Vec<f64> = (0..r).map(|column| round(dh(row, column).0)).collect();
+                let dhs: Vec<f64> = (0..r).map(|column| round(dh(row, column).sum)).collect();
                 let element = |j: usize| {
                     let (mut value, mut magnitude, mut error) = (0.0, 0.0, 0.0);
                     for part in &all {
