@@ -204,9 +204,7 @@ impl Cuda {
     /// driver has the memory back when the last buffer goes, here if none is left.
     pub fn release(&mut self) -> Result<()> {
         self.end_of_loading();
-        self.graphs.forget();
-        self.cublas = None;
-        self.scratch = None;
+        self.drop_scratch();
         self.arena = None;
         self.used.clear();
         self.synchronize()

@@ -82,6 +82,13 @@ impl Cuda {
         Ok(())
     }
 
+    /// Gives the scratch back, and what cuBLAS works in: [`Cuda::prepare_scratch`] then makes them anew, elsewhere maybe.
+    pub(crate) fn drop_scratch(&mut self) {
+        self.graphs.forget();
+        self.scratch = None;
+        self.cublas = None;
+    }
+
     /// Puts the number of a micro-batch where the dropout kernels read it.
     pub(super) fn set_dropout_step(&mut self, step: u32) -> Result<()> {
         let address = match &self.scratch {

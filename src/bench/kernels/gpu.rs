@@ -14,7 +14,7 @@ use super::set::{Dev, Set};
 use super::values::Inputs;
 use crate::backend::Needs;
 use crate::backend::cuda::launched::Launched;
-use crate::backend::cuda::memory::Buffer;
+use crate::backend::cuda::memory::{ArenaMark, Buffer};
 use crate::backend::cuda::{Cuda, Kernels};
 use crate::bench::environment::{Environment, environment};
 use crate::error::{Error, Result};
@@ -53,6 +53,11 @@ pub struct Gpu<'a> {
     kernels: Kernels,
     flush: Buffer<f32>,
     flushed: (Buffer<f32>, Buffer<f64>),
+    /// What the ops need beside their buffers, and where the arena is free to place it.
+    needs: Needs,
+    start: Option<ArenaMark>,
+    /// Bytes that are then left of the arena.
+    room: usize,
 }
 
 impl<'a> Gpu<'a> {
@@ -78,10 +83,21 @@ impl<'a> Gpu<'a> {
             return Err(Error::Unavailable { what: "the GPU".into(), why });
         }
         cuda.reserve(arena)?;
-        cuda.prepare_scratch(needs)?;
         let flush = cuda.zeros(FLUSH / 4)?;
         let flushed = (cuda.zeros(1)?, cuda.zeros(crate::backend::cuda::ops::grad_norm::GRAD_NORM_PARTIALS)?);
-        Ok(Self { kernels: cuda.kernels(), cuda, ceilings, flush, flushed })
+        let start = cuda.arena_mark();
+        let mut gpu = Self { kernels: cuda.kernels(), cuda, ceilings, flush, flushed, needs: *needs, start, room: 0 };
+        gpu.place(0)?;
+        gpu.room = gpu.left();
+        Ok(gpu)
+    }
+
+    /// Places the scratch, and all that comes behind it, so many bytes further on in the arena.
+    fn place(&mut self, shift: usize) -> Result<()> {
+        self.cuda.drop_scratch();
+        self.reset(self.start)?;
+        self.cuda.allocate::<u8>(shift)?;
+        self.cuda.prepare_scratch(&self.needs)
     }
 
     /// The cache holds nothing of what was used before, and nothing that it must write back.
@@ -110,7 +126,7 @@ impl<'a> Gpu<'a> {
 
     /// Whether the case has room: its arguments, one set, and what is made beside them.
     pub fn fits(&self, case: &Case) -> bool {
-        3 * case.set_bytes() < self.left()
+        3 * case.set_bytes() < self.room
     }
 
     /// Every argument as the case declares it.
@@ -165,7 +181,7 @@ impl<'a> Gpu<'a> {
     }
 
     /// Takes the buffers of a case back, whatever became of it.
-    fn reset(&mut self, mark: Option<crate::backend::cuda::memory::ArenaMark>) -> Result<()> {
+    fn reset(&mut self, mark: Option<ArenaMark>) -> Result<()> {
         self.cuda.use_kernels(self.kernels);
         self.cuda.use_linear(None);
         match mark {
@@ -185,7 +201,10 @@ impl<'a> Gpu<'a> {
     ) -> Result<Vec<Outcome>> {
         let mut answers: BTreeMap<usize, (Inputs, Vec<Answers>)> = BTreeMap::new();
         let mut runs: BTreeMap<(usize, usize), Run> = BTreeMap::new();
+        let largest = cases.iter().map(Case::set_bytes).max().unwrap_or(0);
         for round in 0..ROUNDS {
+            let shift = (round * SHIFT).min(self.room.saturating_sub(4 * largest));
+            self.place(shift - shift % 256)?;
             for (c, case) in cases.iter().enumerate() {
                 let ways: Vec<usize> =
                     (0..case.ways.len()).filter(|&w| wanted(&case.ways[w]) && self.runs(&case.ways[w])).collect();
@@ -206,7 +225,7 @@ impl<'a> Gpu<'a> {
                         continue;
                     }
                     let mark = self.cuda.arena_mark();
-                    let result = self.round(round, case, &args, answers, &case.ways[w], run);
+                    let result = self.round(case, &args, answers, &case.ways[w], run);
                     self.reset(mark)?;
                     result.map_err(|e| named(e, case, &case.ways[w]))?;
                     run.environment = environment(Some(0));
@@ -228,18 +247,7 @@ impl<'a> Gpu<'a> {
     }
 
     /// One round of one way, on sets that are copies of `args`.
-    fn round(
-        &mut self,
-        round: usize,
-        case: &Case,
-        args: &[Dev],
-        answers: &[Answers],
-        way: &Way,
-        run: &mut Run,
-    ) -> Result<()> {
-        let mut shift = (round * SHIFT).min(self.left().saturating_sub(3 * case.set_bytes()));
-        shift -= shift % 256;
-        let _elsewhere = self.cuda.allocate::<u8>(shift)?;
+    fn round(&mut self, case: &Case, args: &[Dev], answers: &[Answers], way: &Way, run: &mut Run) -> Result<()> {
         self.cuda.use_kernels(way.kernels.unwrap_or(self.kernels));
         let mut sets = vec![self.copied(args, way)?];
         (way.launch)(self.cuda, &mut sets[0])?;

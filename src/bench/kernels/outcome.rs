@@ -6,7 +6,7 @@ use crate::backend::Work;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::launched::Launched;
 use crate::bench::environment::Environment;
-use crate::bench::results::KernelRow;
+use crate::bench::results::{KernelRow, figure};
 
 /// What the samples of one launch tell, in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,17 +83,17 @@ pub fn row(
         tokens: case.tokens,
         implementation: implementation.into(),
         samples,
-        median_us,
-        least_us,
-        most_us,
+        median_us: figure(median_us),
+        least_us: figure(least_us),
+        most_us: figure(most_us),
         bytes: case.work.bytes,
         flops: case.work.flops,
-        gb_per_s: per(case.work.bytes) / 1e3,
-        tflop_per_s: per(case.work.flops) / 1e6,
-        copy_gb_per_s: ceilings.copy / 1e9,
-        product_tflop_per_s: ceilings.product / 1e12,
-        floor_us,
-        percent_of_floor: 100.0 * per(floor_us),
+        gb_per_s: figure(per(case.work.bytes) / 1e3),
+        tflop_per_s: figure(per(case.work.flops) / 1e6),
+        copy_gb_per_s: figure(ceilings.copy / 1e9),
+        product_tflop_per_s: figure(ceilings.product / 1e12),
+        floor_us: figure(floor_us),
+        percent_of_floor: figure(100.0 * per(floor_us)),
         checked,
         ..KernelRow::default()
     }
